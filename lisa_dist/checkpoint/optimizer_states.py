@@ -79,19 +79,37 @@ def _as_lists(pieces: list[Piece]) -> list[list[Any]]:
 
 
 class StateFiles:
-    """The files of all ranks of a run, read as one."""
+    """The files of all ranks of a run, read as one.
 
-    def __init__(self, paths: list[Path]):
-        self._files = [safe_open(path, framework="pt") for path in paths]
-        self._names = [set(file.keys()) for file in self._files]
-        self._partitions = [json.loads(file.metadata()["partitions"]) for file in self._files]
+    They are opened as pieces are looked for, those next to `nearest` first: a rank of as many as have saved opens one.
+    """
+
+    def __init__(self, paths: list[Path], nearest: int = 0):
+        self._paths = paths
+        self._unopened = sorted(range(len(paths)), key=lambda file: -abs(file - nearest))  # from the end on
+        self._files: dict[int, Any] = {}
+        self._names: dict[int, set[str]] = {}
+        self._partitions: dict[int, list[dict[str, Any]]] = {}
         # Pieces of one partition are read one after the other.
         self._dequantized = functools.lru_cache(1)(functools.partial(_dequantize, self._files))
         self._sources: dict[str, list[tuple[int, int, Piece]]] = {}
-        for file, partitions in enumerate(self._partitions):
-            for index, partition in enumerate(partitions):
-                for piece in (Piece(*listed) for listed in partition["pieces"]):
-                    self._sources.setdefault(piece.name, []).append((file, index, piece))
+        self._steps: dict[str, set[int | None]] = {}  # that the partitions of a parameter have taken
+
+    def _open_next(self) -> None:
+        file = self._unopened.pop()
+        self._files[file] = opened = safe_open(self._paths[file], framework="pt")
+        self._names[file] = set(opened.keys())
+        self._partitions[file] = json.loads(opened.metadata()["partitions"])
+        for index, partition in enumerate(self._partitions[file]):
+            for name in partition["names"]:
+                self._steps.setdefault(name, set()).add(partition.get("step"))
+            for piece in (Piece(*listed) for listed in partition["pieces"]):
+                self._sources.setdefault(piece.name, []).append((file, index, piece))
+
+    def _has(self, key: PartitionKey, pieces: list[Piece]) -> bool:
+        """Whether the files that are open have all of these pieces, and something of a partition without any."""
+        found = [sum(last - first for *_, first, last in self._parts_of(piece)) for piece in pieces]
+        return found == [piece.length for piece in pieces] and any(name in self._sources for name in key)
 
     def read(self, key: PartitionKey, pieces: list[Piece], numel: int, form: str | None = None) -> Fields | None:
         """The fields of one partition of `numel` elements; None where its parameters are not in the files.
@@ -102,34 +120,38 @@ class StateFiles:
         those are. They cannot be turned into others, or others into them: where they would have to be, there is a
         master alone.
         """
-        if not all(name in self._sources for name in key):
+        if not self._files:
+            self._open_next()
+        if not all(name in self._steps for name in key):  # each file names all partitions
             return None
+        while self._unopened and not self._has(key, pieces):
+            self._open_next()
         fields = {MASTER: self._gather(MASTER, pieces, numel)}
-        steps = {self._partitions[file][index].get("step") for name in key for file, index, _ in self._sources[name]}
+        steps = set().union(*(self._steps[name] for name in key))
         assert len(steps) == 1, f"pieces of {key} have taken {steps} steps"
         step = steps.pop()
         if step is None:
             return fields
-        file, *_ = self._sources[key[0]][0]
-        is_factored = f"{key[0]}:row_sq" in self._names[file]
+        name = next(name for name in key if name in self._sources)
+        file, *_ = self._sources[name][0]
+        is_factored = f"{name}:row_sq" in self._names[file]
         if is_factored or form == FACTORED:
             return fields | ({"step": step, **self._factored(pieces)} if is_factored and form == FACTORED else {})
         codes = self._codes(pieces, numel) if form == "lisa" else None
         if form == "bitsandbytes":
             codes = self._codes_of_bitsandbytes(key, pieces, numel)
-        return (
-            fields | {"step": step} | (codes or {one: self._gather(one, pieces, numel) for one in self._moments(key)})
-        )
+        if not codes:
+            codes = {moment: self._gather(moment, pieces, numel) for moment in self._moments(name, file)}
+        return fields | {"step": step} | codes
 
-    def _moments(self, key: PartitionKey) -> set[str]:
-        """The names of a partition's moments, whatever the optimizer was that wrote them."""
-        prefix, (file, *_) = f"{key[0]}:", self._sources[key[0]][0]
-        names = {name.removeprefix(prefix) for name in self._names[file] if name.startswith(prefix)}
+    def _moments(self, parameter: str, file: int) -> set[str]:
+        """The names of a parameter's moments, whatever the optimizer was that wrote them."""
+        names = {name.removeprefix(f"{parameter}:") for name in self._names[file] if name.startswith(f"{parameter}:")}
         return {re.sub("_(codes|scales)$", "", name) for name in names - {MASTER}} or {*MOMENTS}  # bitsandbytes' codes
 
     def _parts_of(self, piece: Piece) -> Iterator[tuple[int, int, Piece, int, int]]:
         """Where a piece is in the files: file, partition, the piece there, and which elements of the parameter."""
-        for file, index, source in self._sources[piece.name]:
+        for file, index, source in self._sources.get(piece.name, ()):
             first = max(piece.start, source.start)
             last = min(piece.start + piece.length, source.start + source.length)
             if first < last:
@@ -187,7 +209,7 @@ class StateFiles:
     def _codes_of_bitsandbytes(self, key: PartitionKey, pieces: list[Piece], numel: int) -> Fields | None:
         """Codes and scales where the same elements of the same parameters made up one partition in the same order."""
         identity = {"names": list(key), "numel": numel, "pieces": _as_lists(pieces)}
-        for file, partitions in enumerate(self._partitions):
+        for file, partitions in self._partitions.items():
             for index, partition in enumerate(partitions):
                 if identity.items() <= partition.items():
                     prefix = f"{index}:"
@@ -217,5 +239,5 @@ class StateFiles:
         return {factored.WIDTHS: tuple(widths)} | {name: torch.cat(values) for name, values in by_field.items()}
 
 
-def _dequantize(files: list[Any], moment: str, file: int, index: int) -> torch.Tensor:
+def _dequantize(files: dict[int, Any], moment: str, file: int, index: int) -> torch.Tensor:
     return dequantize(*(files[file].get_tensor(f"{index}:{field}") for field in BITSANDBYTES[moment]))

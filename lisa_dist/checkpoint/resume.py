@@ -77,7 +77,9 @@ def _load_states(
     lisa: LisaController, partitions: ZeroPartitions, folder: Path, state: dict[str, Any], settings_changed: bool
 ) -> None:
     """Fill this rank's partitions, active and kept ones."""
-    saved = StateFiles([folder / state_file(rank, state["world_size"]) for rank in range(state["world_size"])])
+    of_saved = state["world_size"]
+    nearest = dist.get_rank() * of_saved // dist.get_world_size()
+    saved = StateFiles([folder / state_file(rank, of_saved) for rank in range(of_saved)], nearest)
     pieces = partitions.pieces()
     for key, partition in lisa.partition_states().items():
         fields = saved.read(key, pieces[key], partition.numel, partitions.form_of_moments(key))

@@ -9,6 +9,7 @@ import json
 import resource
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 import lisa_dist
+from lisa_dist.checkpoint import optimizer_states
 from lisa_dist.checkpoint.folders import STATE_NAME, make_staging, rotate_checkpoints
 from lisa_dist.checkpoint.resume import find_checkpoint, load_checkpoint, read_state
 from lisa_dist.checkpoint.save import save_checkpoint
@@ -89,8 +91,10 @@ def resume(folder: str, cut: int, ds_config: str, dtype: torch.dtype, options: d
     """The rest of that run, from a checkpoint and other initial weights."""
     build = tiny_gpt2 if options.get("tied") else tiny_llama
     engine, lisa = start(ds_config, dtype, options, build(seed=99))
-    load_checkpoint(lisa, Path(folder) / f"checkpoint-{cut}")
-    return outcome_of(engine, lisa, train(engine, lisa, options.get("until", STEPS), options))
+    with patch.object(optimizer_states, "safe_open", wraps=optimizer_states.safe_open) as opened:
+        load_checkpoint(lisa, Path(folder) / f"checkpoint-{cut}")
+    outcome = outcome_of(engine, lisa, train(engine, lisa, options.get("until", STEPS), options))
+    return outcome | {"opened": opened.call_count}
 
 
 def outcome_of(engine, lisa, losses: list[float]) -> dict:
@@ -166,6 +170,7 @@ def check_resume(tmp_path, ds_config, dtype, options) -> None:
         resumed = run_ranks(resume, 2, str(tmp_path), cut, ds_config, dtype, options)
         for rank in (0, 1):
             assert resumed[rank]["losses"] == whole[rank]["losses"][cut:]
+            assert resumed[rank]["opened"] == 1, "of as many ranks each has its own file"
             assert all(resumed[rank][name] == whole[rank][name] for name in ("layers", "visits"))
             assert resumed[rank]["everything"].keys() == whole[rank]["everything"].keys()
             for name, value in whole[rank]["everything"].items():
