@@ -10,6 +10,7 @@ import torch
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import prepare_ds_config
+from lisa_dist.distributed.devices import prepare_device
 from lisa_dist.distributed.health import ranks_of_hosts
 from lisa_dist.distributed.ranks import join_ranks
 from lisa_dist.distributed.run_lock import one_run_in
@@ -41,7 +42,8 @@ def initialize(
     Until `lisa.close()`, or the end of the controller, no other run may have `output_dir`, where the logs go.
     """
     guard_builds()
-    join_ranks()  # those of a host share the originals of frozen layers, and weights of stage 3
+    join_ranks()
+    prepare_device()  # before ranks speak: those of a host share originals of frozen layers, and weights of stage 3
     filled = load_ds_config(
         ds_config,
         model=model,
