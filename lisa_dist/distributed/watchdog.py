@@ -1,16 +1,18 @@
 """Ranks that die, hang or raise: the others end within a bounded time and say which rank it was.
 
 A collective waits for all ranks, and neither gloo's nor NCCL's own timeouts bound every wait. So each rank puts a sign
-of life into a store of its own, once a second, and reads those of the others. The store is rank 0's. A request to a
-stopped rank 0 never returns, whatever the store's timeout: so one thread talks to the store and another looks at the
-clock, and the main thread does neither.
+of life into a store of its own, once a second. Rank 0, whose store it is, reads them all, and puts a summary there,
+which the others read: what is sent is linear in ranks. A request to a stopped rank 0 never returns, whatever the
+store's timeout: so one thread talks to the store and another looks at the clock, and the main thread does neither.
 """
 
 import faulthandler
+import json
 import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -22,6 +24,31 @@ _INTERVAL = 1.0  # seconds between signs of life
 _SILENCE = 120.0  # seconds after which a process without one is gone, however long a step may take
 _GRACE = 10.0  # seconds for the main thread to find out by itself that another rank has failed
 _FAILED = "failed: "
+_SUMMARY = "summary"
+_NAMED = 16  # ranks of a kind, at most, that a summary names
+
+
+class _Signs:
+    """Rank 0's: the last sign of each rank, and when it last changed."""
+
+    def __init__(self, world_size: int):
+        self._signs, self._changed_at = ["0 0"] * world_size, [time.monotonic()] * world_size
+
+    def summary(self, signs: Sequence[str]) -> dict[str, list[Any]]:
+        """Of the signs now: ranks that have failed, those without another for a while and since when, the slowest."""
+        now, failed = time.monotonic(), [sign.startswith(_FAILED) for sign in signs]
+        for rank, (sign, before) in enumerate(zip(signs, self._signs, strict=True)):
+            if sign != before:
+                self._changed_at[rank] = now
+        self._signs = list(signs)
+        seconds = [0.0 if gone else now - at for gone, at in zip(failed, self._changed_at, strict=True)]
+        # A rank that fails this moment has no count any more.
+        beats = [0 if gone else int(sign.split()[-1]) for gone, sign in zip(failed, signs, strict=True)]
+        return {
+            "failed": [(rank, signs[rank]) for rank, gone in enumerate(failed) if gone][:_NAMED],
+            "silent": [(rank, long) for rank, long in enumerate(seconds) if long > 1.5 * _INTERVAL][:_NAMED],
+            "behind": [rank for rank, count in enumerate(beats) if count == min(beats)][:_NAMED],
+        }
 
 
 class Watchdog:
@@ -40,9 +67,8 @@ class Watchdog:
         self._steps_ended = False
         self._failure: str | None = None
         self._done = threading.Event()
-        # The last sign of each rank, and when it last changed; what the store's thread writes and the other reads.
-        self._signs = ["0 0"] * self._world_size
-        self._changed_at: list[float] = []
+        # Rank 0's last summary, and when it was another; what the store's thread writes and the other reads.
+        self._summary: dict[str, list[Any]] = {"failed": [], "silent": [], "behind": []}
         self._answered_at = 0.0
 
     def beat(self) -> None:
@@ -58,7 +84,6 @@ class Watchdog:
         if self._on:
             store = self._connect()
             self._answered_at = time.monotonic()
-            self._changed_at = [self._answered_at] * self._world_size
             self.beat()
             for target, args in ((self._exchange, (store,)), (self._watch, ())):
                 threading.Thread(target=target, args=args, name="lisa_dist watchdog", daemon=True).start()
@@ -84,7 +109,7 @@ class Watchdog:
         """The main thread has raised: tell the others, and say which rank is behind it, if another one is."""
         self._failure = f"{type(error).__name__}: {error}"
         others = self._failed_ranks()  # those that raised first
-        time.sleep(4 * _INTERVAL)
+        time.sleep(6 * _INTERVAL)  # a summary may be two old
         silent = self._silent_ranks(3 * _INTERVAL)
         if silent:
             self._say(f"rank(s) {silent} no longer answer: they were killed or have stopped")
@@ -102,26 +127,29 @@ class Watchdog:
         if self._rank != 0:
             store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=patience)
         store.set(str(self._rank), "0 0")
+        if self._rank == 0:
+            store.set(_SUMMARY, json.dumps([0, self._summary]))
         dist.barrier()
         return store
 
     def _exchange(self, store: dist.TCPStore) -> None:
-        """The store's thread: one sign of life a second, and everybody else's."""
-        count, keys = 0, [str(rank) for rank in range(self._world_size)]
+        """The store's thread: one sign of life a second, and what rank 0 makes of everybody's."""
+        count, last, keys = 0, 0, [str(rank) for rank in range(self._world_size)]
+        of_all = _Signs(self._world_size)
         while not self._done.wait(_INTERVAL):
             count += 1
             sign = f"{count} {self._beats}" if self._failure is None else f"{_FAILED}{self._failure}"
             try:
                 store.set(str(self._rank), sign)
-                signs = [sign.decode() for sign in store.multi_get(keys)]
+                if self._rank == 0:
+                    summary = of_all.summary([one.decode() for one in store.multi_get(keys)])
+                    store.set(_SUMMARY, json.dumps([count, summary]))
+                number, summary = json.loads(store.get(_SUMMARY))
             except RuntimeError:
                 self._answered_at = -float("inf")  # rank 0's process has ended
                 return
-            now = self._answered_at = time.monotonic()
-            for rank, sign in enumerate(signs):
-                if sign != self._signs[rank]:
-                    self._changed_at[rank] = now
-            self._signs = signs
+            if number != last:
+                last, self._summary, self._answered_at = number, summary, time.monotonic()
 
     def _watch(self) -> None:
         """The clock's thread: ends the process when another rank is gone and the main thread does not notice."""
@@ -132,6 +160,7 @@ class Watchdog:
                 self._done.wait(_GRACE)
                 if self._failure is None and not self._done.is_set():
                     self._end(self._failed_ranks())
+                continue  # the main thread has noticed
             hangs = not self._steps_ended and time.monotonic() - self._last_beat > self._timeout
             # A rank that has stopped may have given a sign after the last step that the others still count.
             seconds = min(self._silence, 3 * _INTERVAL) if hangs else self._silence
@@ -139,20 +168,17 @@ class Watchdog:
                 self._end(f"rank(s) {silent} have given no sign of life for {seconds:.0f} s")
             elif hangs:
                 faulthandler.dump_traceback()
-                # A rank that fails this moment has no count any more.
-                beats = [0 if sign.startswith(_FAILED) else int(sign.split()[-1]) for sign in self._signs]
-                last = [rank for rank, count in enumerate(beats) if count == min(beats)]
+                last = self._summary["behind"]
                 self._end(f"no step for {self._timeout:.0f} s (--hang_timeout); furthest behind: rank(s) {last}")
 
     def _silent_ranks(self, seconds: float) -> list[int]:
-        now = time.monotonic()
-        if now - self._answered_at > seconds:
-            return [] if self._rank == 0 or self._signs[0].startswith(_FAILED) else [0]
-        silent = [rank for rank, changed_at in enumerate(self._changed_at) if now - changed_at > seconds]
-        return [rank for rank in silent if not self._signs[rank].startswith(_FAILED)]
+        summary, age = self._summary, time.monotonic() - self._answered_at
+        if age > seconds:
+            return [] if self._rank == 0 or any(rank == 0 for rank, _ in summary["failed"]) else [0]
+        return [rank for rank, silent in summary["silent"] if silent + age > seconds]
 
     def _failed_ranks(self) -> str:
-        return "; ".join(f"rank {rank} has {sign}" for rank, sign in enumerate(self._signs) if sign.startswith(_FAILED))
+        return "; ".join(f"rank {rank} has {sign}" for rank, sign in self._summary["failed"])
 
     def _end(self, reason: str) -> None:
         self._say(reason)
