@@ -22,12 +22,13 @@ from typing import Any
 import torch
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import FACTORED, Form
+from lisa_dist.config_rules import FACTORED
 from lisa_dist.core.frozen_forms import quantized_bytes
 from lisa_dist.core.selection import most_active, sampled_blocks, split_by_decay
 from lisa_dist.kernels.adamw import chunk_bytes
 from lisa_dist.kernels.dynamic_code import table_bytes
 from lisa_dist.kernels.factored import factored_chunk_bytes, num_rows
+from lisa_dist.memory.frozen_on_host import stored_bytes
 from lisa_dist.memory.gradient_peak import (
     Peak,
     Reduction,
@@ -496,34 +497,6 @@ class StepPlan:
         kind = "bitsandbytes" if self._has_8_bits or self.optim in BITSANDBYTES_ADAMW else self.optim
         in_fp32 = 4 if self._element < 4 else 0
         return sent + max(sizes) * (in_fp32 + _HOST_STEP_BYTES[kind])
-
-
-def stored_bytes(run: FakeRun, bits: Form) -> list[int]:
-    """By decoder layer, bytes of the matrices that are or may be frozen, in these bits in a store."""
-    return [quantized_bytes([one.parameter.shape for one in matrices], bits) for matrices in run.matrices]
-
-
-# Of an RTX 4090: bytes a second over PCIe 4.0 x16, and half of the FLOP a second that its bf16 products reach at most.
-BUS, PRODUCTS = 25e9, 82e12
-
-
-def bus_and_products(run: FakeRun, config: LisaConfig) -> tuple[float, float]:
-    """Seconds of a micro-batch in which frozen layers are copied twice, and in which products are computed.
-
-    Those of a pass, of its backward pass by the inputs and of one that is checkpointed; of experts those of a token.
-    """
-    copied = max(0, len(run.matrices) - int(config.lisa_activated_layers)) / len(run.matrices)
-    text = run.model.config.get_text_config()
-    names = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token")
-    chosen = next((number for name in names if (number := getattr(text, name, None))), 1)
-    used = sum(
-        one.parameter.numel() if one.is_linear else one.parameter[0].numel() * min(chosen, len(one.parameter))
-        for of_layer in run.matrices
-        for one in of_layer
-    )
-    checkpointed = run.workload.checkpointed_layers / len(run.matrices)
-    flops = 2 * run.workload.tokens * used * (2 + checkpointed)
-    return 2 * copied * sum(stored_bytes(run, config.frozen_form)) / BUS, flops / PRODUCTS
 
 
 def steps_weights(optim: str, master: str, weights: torch.dtype) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
@@ -21,9 +20,10 @@ from lisa_dist.core.weight_store import HOST
 from lisa_dist.ds_config import fill_secondary_partitions, read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import why_no_label_logits
-from lisa_dist.memory.estimate import StepEstimate, bus_and_products, kept_states, stored_bytes
+from lisa_dist.memory.estimate import StepEstimate, kept_states
+from lisa_dist.memory.frozen_on_host import bus_and_products, copies_to_load, stored_bytes
 from lisa_dist.memory.plan import DTYPES, SHARING, WAYS, Plan, PlanArguments
-from lisa_dist.memory.trace import FakeRun, FakeRuns
+from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.memory.workload import CHUNKED, LOGITS, RATIO, SCORE, StageSettings, Workload
 from lisa_dist.optim.build import LISA_ADAMW, TORCH_ADAMW
 from lisa_dist.presets import SMALL_STATES
@@ -116,24 +116,11 @@ class Planner:
         codes = sum(stored_bytes(run, lisa.frozen_form)) if lisa.streams and lisa.frozen_form != 16 else 0
         for title, size in (("originals of the layers", originals), ("codes of the layers", codes)):
             host = host | ({title: -(-size // on_a_host)} if size else {})
-        copies = self._copies_to_load(run, settings, on_a_host)
+        copies = copies_to_load(run, self._config, lisa, arguments, settings.stage)
         start = -(-(max(copies, originals) + codes) // on_a_host)  # a layer's copy goes as it comes into the originals
         bus = bus_and_products(run, lisa) if lisa.streams and not lisa.by_module else None
         self._plans[key] = Plan(str(ds_config), run.workload, parts, host, lisa, bus, start)
         return self._plans[key]
-
-    def _copies_to_load(self, run: FakeRun, settings: StageSettings, on_a_host: int) -> int:
-        """Bytes of the copies of the model that a host's ranks make: none of files that are mapped as they are.
-
-        Those are of the same dtype, and not of a mixture, whose experts come one by one and are stacked.
-        """
-        is_packed = getattr(self._config, "quantization_config", None) is not None
-        is_stacked = not all(matrix.is_linear for layer in run.matrices for matrix in layer)
-        if (self._config.dtype or torch.bfloat16) == run.workload.dtype and not (is_packed or is_stacked):
-            return 0
-        one_loads = settings.stage == 3 or (self._lisa.frozen_flags and self._arguments.task == SFT)
-        models = (1 if one_loads else on_a_host) * (1 + self._arguments.has_reference)
-        return models * sum(parameter.nbytes for parameter in run.model.parameters())
 
     def peak(self, ds_config: str | dict, loss: str) -> int:
         """Bytes of a GPU with the checkpointed layers that were given; with all, where it was left to the plans."""
