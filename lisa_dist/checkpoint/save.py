@@ -234,7 +234,7 @@ def _describe_run(lisa: LisaController) -> dict[str, Any]:
         "format": STATE_FORMAT,
         "saved_at": time.time(),
         "world_size": dist.get_world_size(),
-        "rows_per_step": engine.train_batch_size(),
+        "rows_per_step": lisa.rows_per_step,
         "zero_stage": engine.zero_optimization_stage(),
         "model": type(engine.module).__name__,
         "lisa": lisa.state_dict(),

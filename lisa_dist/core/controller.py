@@ -46,6 +46,7 @@ from lisa_dist.core.period_log import PeriodLog, PeriodRecord, WeightMovement
 from lisa_dist.core.run_state import STATE_VERSION, BlockChanges, changed_settings
 from lisa_dist.core.sampling import ActiveSet
 from lisa_dist.core.selection import BlockSelection, scale_rates
+from lisa_dist.core.sequence_parallel import SequenceParallel
 from lisa_dist.distributed.devices import prepare_device
 from lisa_dist.optim.states import (
     CopyStream,
@@ -93,6 +94,7 @@ class LisaController:
         self.is_attached = False
         self.changes = BlockChanges()
         self.at_close: Callable[[], object] = lambda: None
+        self.sequence: SequenceParallel | None = None  # where ranks share rows
         self._log = PeriodLog()
         self._begun_step = -1  # the last step that on_step_begin has seen
         if dist.is_initialized():
@@ -204,7 +206,14 @@ class LisaController:
         """Give model and output folder back, whatever has become of the run."""
         self.partitions.close()
         self.blocks.give_back()
+        if self.sequence is not None:
+            self.sequence.close()
         self.at_close()
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a step on all ranks, each once."""
+        return int(self.engine.train_batch_size()) // (self.sequence.size if self.sequence else 1)
 
     def live_bytes(self) -> int:
         """Bytes that tensors hold on this rank's device right now."""

@@ -50,6 +50,7 @@ class PlanArguments:
         default=8, metadata={"aliases": ["--gpus_per_node"], "help": "GPUs that share a host's memory."}
     )
     seq_length: int = field(default=1024, metadata={"aliases": ["--max_length"], "help": "Tokens of an example."})
+    sequence_parallel: int = field(default=1, metadata={"help": "GPUs that share each example, as in training."})
     micro_batch_size: int = field(
         default=1,
         metadata={"aliases": ["--per_device_train_batch_size"], "help": "Examples of a GPU in a forward pass."},
@@ -93,7 +94,7 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         counts = ("gpus", "gpus_per_host", "seq_length", "micro_batch_size", "gradient_accumulation_steps", "lora_r")
-        for name in counts:
+        for name in (*counts, "sequence_parallel"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: at least 1.")
         if self.precision not in DTYPES:
@@ -133,7 +134,7 @@ class PlanArguments:
     @property
     def answers(self) -> int:
         """Sequences of a step on all GPUs."""
-        return self.micro_batch_size * self.gpus * self.gradient_accumulation_steps
+        return self.micro_batch_size * self.gpus // self.sequence_parallel * self.gradient_accumulation_steps
 
     @property
     def has_reference(self) -> bool:
@@ -199,8 +200,8 @@ def with_accumulation(arguments: Arguments, given: Collection[str]) -> Arguments
     """The same with as many micro-batches as make a global batch of 16; of grpo, whose answers they bound, as given."""
     if "gradient_accumulation_steps" in given or arguments.task == GRPO:
         return arguments
-    micro_batches = max(1, GLOBAL_BATCH // (arguments.micro_batch_size * arguments.gpus))
-    return replace(arguments, gradient_accumulation_steps=micro_batches)
+    at_once = replace(arguments, gradient_accumulation_steps=1).answers
+    return replace(arguments, gradient_accumulation_steps=max(1, GLOBAL_BATCH // at_once))
 
 
 def preset_settings(arguments: PlanArguments, lisa_config: LisaConfig, given: Collection[str]) -> dict[str, Any]:
@@ -314,6 +315,7 @@ def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | Non
         "beta": arguments.beta,
         "per_device_train_batch_size": arguments.micro_batch_size,
         "max_length": arguments.seq_length,
+        "sequence_parallel": arguments.sequence_parallel if arguments.sequence_parallel > 1 else None,
         "optim": arguments.optim,
         "bf16": arguments.precision == "bf16",
     }

@@ -16,6 +16,7 @@ from lisa_dist.core.activation_checkpointing import AUTO, fewest_layers, number_
 from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
+from lisa_dist.core.sequence_parallel import check_sequence_parallel
 from lisa_dist.core.weight_store import HOST
 from lisa_dist.ds_config import fill_secondary_partitions, read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
@@ -59,6 +60,7 @@ class Planner:
             accumulates=arguments.gradient_accumulation_steps > 1,
             on_cpu=on_cpu,
         )
+        check_sequence_parallel(arguments.sequence_parallel, arguments.gpus, config, task=arguments.task)
         self.num_layers = number_of_decoder_layers(config)
         if arguments.method == "lisa":
             lisa_config.check_num_layers(self.num_layers)
@@ -91,13 +93,14 @@ class Planner:
         fill_secondary_partitions(content, arguments.ranks_of_hosts, arguments.has_reference)
         settings = StageSettings.of(content, self._config.get_text_config().hidden_size)
         workload = Workload(
-            arguments.seq_length,
+            -(-arguments.seq_length // arguments.sequence_parallel),
             arguments.rows,
             DTYPES[arguments.precision],
             checkpointed_layers,
             loss=loss,
             triton=not self._estimate.on_cpu,
             padded=arguments.rows > 1,
+            sequence_parallel=arguments.sequence_parallel,
         )
         parts, host = self._estimate.worst(settings, workload)
         run = self._estimate.run(workload)

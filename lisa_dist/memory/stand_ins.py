@@ -32,7 +32,7 @@ def stand_ins(workload: Workload, quantized: Sequence[Matrix]) -> Iterator[None]
     with contextlib.ExitStack() as stack:
         _make_whole(stack, quantized, workload.frozen_bits)
         stack.enter_context(_experts_of_any_dtype())
-        if not workload.padded:  # SDPA gets a mask only where examples are packed
+        if not workload.padded or workload.sequence_parallel > 1:  # SDPA gets a mask only where examples are packed
             not_packed = patched(masking_utils, "find_packed_sequence_indices", lambda _: None, of="packed_mask")
             stack.enter_context(not_packed)
         if workload.loss in OF_TRL:

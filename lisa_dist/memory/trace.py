@@ -31,6 +31,7 @@ from lisa_dist.core.activation_checkpointing import checkpoint_layers
 from lisa_dist.core.blocks import find_blocks, split_into_modules, without_zero3_init
 from lisa_dist.core.matrices import Matrix, quantizable_matrices
 from lisa_dist.core.selection import split_by_decay, takes_bits
+from lisa_dist.core.sequence_parallel import SharedAttention
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import add_label_logits
 from lisa_dist.memory.repeated_layers import (
@@ -254,10 +255,11 @@ class FakeRun:
         return other
 
     def _with_label(self, mask: torch.Tensor) -> torch.Tensor:
-        """Numbers of the positions with a label, of which the last of a row never is one."""
+        """Numbers of the positions with a label, of which the last of a row that no ranks share never is one."""
         rows, tokens = mask.shape
         labels = self.workload.labels
-        return torch.empty(rows * (tokens - 1) if labels is None else labels, dtype=torch.long)
+        most = rows * (tokens - (self.workload.sequence_parallel == 1))
+        return torch.empty(most if labels is None else labels, dtype=torch.long)
 
     def groups(
         self,
@@ -392,6 +394,10 @@ class FakeRun:
             stack.callback(self.model.get_input_embeddings().register_forward_hook(look_up).remove)
             stack.enter_context(_report_model_errors(config))
             stack.enter_context(stand_ins(self.workload, self.quantized_matrices(trained)))
+            if self.workload.sequence_parallel > 1:
+                shared = SharedAttention(self.workload.sequence_parallel)
+                shared.attend(self.model)
+                stack.callback(shared.close)
             if numbers is not None:
                 path = self.blocks.layers_path
                 stack.enter_context(only_layers(self.model, path, numbers, config.get_text_config(), mark))
@@ -416,6 +422,8 @@ class FakeRun:
         inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
         if workload.loss != SCORE:
             inputs["labels"] = tokens
+        if workload.sequence_parallel > 1:  # as `shard` has them
+            inputs |= {"position_ids": tokens, "shift_labels": tokens}
         if workload.loss in OF_TRL:
             inputs["fused_lm_head"] = True
         return inputs

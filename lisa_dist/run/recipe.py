@@ -80,7 +80,6 @@ def format_recipe(chosen: Chosen, argv: Sequence[str], config: PretrainedConfig,
     gamma = shown.pop("lisa_activated_layers", lisa_config.lisa_activated_layers)
     interval = shown.pop("lisa_interval_steps", lisa_config.lisa_interval_steps)
     layers = (_ALL if gamma == num_layers else _LAYERS).format(num_layers)
-    batch = arguments.gpus * arguments.micro_batch_size * arguments.gradient_accumulation_steps
     lines = [
         _head(chosen, arguments, argv),
         "# LISA: what trains in a period, and optimizer steps in it.",
@@ -99,8 +98,9 @@ def format_recipe(chosen: Chosen, argv: Sequence[str], config: PretrainedConfig,
         f"{chosen.plan.workload.checkpointed_layers}/{num_layers}",
         *([f"loss: {arguments.loss}"] if arguments.loss != AUTO else []),
         f"per_device_train_batch_size: {arguments.micro_batch_size}",
-        f"global_batch_size: {batch:<17}# examples of a step, on any number of GPUs",
+        f"global_batch_size: {arguments.answers:<17}# examples of a step, on any number of GPUs",
         f"max_length: {arguments.seq_length}",
+        *([f"sequence_parallel: {arguments.sequence_parallel}"] if arguments.sequence_parallel > 1 else []),
         *([_PACKING] if arguments.task == SFT else []),
         "",
         f"# The schedule. {_RATES[rate] if arguments.task in (SFT, REWARD) else _RATE_OF_PREFERENCES}",

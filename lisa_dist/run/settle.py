@@ -25,6 +25,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, parse_budget, parse_checkpointed_layers
 from lisa_dist.core.blocks import number_of_decoder_layers
+from lisa_dist.core.sequence_parallel import check_sequence_parallel
 from lisa_dist.distributed.collectives import gather, sharing_errors
 from lisa_dist.distributed.health import ranks_of_hosts
 from lisa_dist.ds_config import fill_secondary_partitions, given_ds_config, uses_optimizer_offload
@@ -109,6 +110,7 @@ def settle(config: RunConfig, resume_from: str | bool | None) -> Settled:
         packed=config.run.task == SFT and packs_documents(training),
         use_cpu=training.use_cpu,
     )
+    check_sequence_parallel(training.sequence_parallel, training.world_size, model_config, attention, config.run.task)
     gpu_bytes = bytes_of_any_gpu(training.device)
     config, layers = settle_layers(config, model_config, resume_from, gpu_bytes)
     loss, why = choose_loss(config, model_config, gpu_bytes)
@@ -319,6 +321,7 @@ def _plan_arguments(config: RunConfig, loss: str, gpu_bytes: int | None, bounded
         gpu_memory=f"{1 << 60 if budget is None else budget}B",
         reserve="0",
         seq_length=training.max_length,
+        sequence_parallel=training.sequence_parallel,
         micro_batch_size=training.per_device_train_batch_size,
         method=config.run.method,
         task=config.run.task,

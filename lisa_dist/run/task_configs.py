@@ -45,6 +45,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "per_device_train_batch_size": _POSITIVE,
     "per_device_eval_batch_size": _POSITIVE,
     "gradient_accumulation_steps": _POSITIVE,
+    "sequence_parallel": _POSITIVE,
     "eval_accumulation_steps": _POSITIVE,
     "dataset_num_proc": _POSITIVE,
     "dataloader_num_workers": _NOT_NEGATIVE,
@@ -112,6 +113,10 @@ class TrainingFlags(_Arguments):
         "--gradient_accumulation_steps follows from it.",
     )
 
+    sequence_parallel: int = setting(
+        1, "Ranks that share each row, a part of its tokens each, for rows that one rank has no memory for."
+    )
+
     def __post_init__(self) -> None:
         check_ranges(self)
         if getattr(self, "max_length", None) == -1:  # which TRL's null is on a command line
@@ -121,7 +126,7 @@ class TrainingFlags(_Arguments):
                 self.global_batch_size,
                 micro_batch_size=self.per_device_train_batch_size,
                 given=self.gradient_accumulation_steps,
-                world_size=int(os.environ.get("WORLD_SIZE", 1)),
+                world_size=int(os.environ.get("WORLD_SIZE", 1)) // self.sequence_parallel,
             )
         if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
             self.deepspeed = find_ds_config(self.deepspeed)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from rich.console import Console, Group
@@ -36,6 +36,7 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.patches import patch
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.text import format_bytes
+from lisa_dist.train.sequence_parallel import SequenceParallelMixin
 from lisa_dist.zero.parameters import parameter_numel
 
 # Entries of a log, in the order in which they are shown.
@@ -52,13 +53,8 @@ _SPEED = {
     "memory_bytes": lambda value: f"{'GPU' if torch.cuda.is_available() else 'process'} {format_bytes(int(value))}",
 }
 
-if TYPE_CHECKING:
-    _TrainerClass: TypeAlias = Any  # whichever class of Trainer the mixin is put before
-else:
-    _TrainerClass = object
 
-
-class MonitoredMixin(_TrainerClass):
+class MonitoredMixin(SequenceParallelMixin):
     """Put before a Trainer class: adds `tokens_per_second` and `memory_bytes` to its logs, and shows `Progress`.
 
     Tokens are those of all ranks, padding not counted; their time is that between two logs, without that of evaluating
@@ -72,7 +68,7 @@ class MonitoredMixin(_TrainerClass):
             use_chunks()
         super().__init__(*args, **kwargs)
         hide_secrets_of(self.args)
-        self._meter = SpeedMeter(self.args.device)
+        self._meter = SpeedMeter(self.args.device, self._rows_shared_by)
         self.add_callback(self._meter)
         self._progress = Progress(self.active_now, plain=self.args.disable_tqdm)
         if self.pop_callback(ProgressCallback) is not None or self.pop_callback(PrinterCallback) is not None:
@@ -135,10 +131,10 @@ class MonitoredMixin(_TrainerClass):
 class SpeedMeter(TrainerCallback):
     """Tokens, seconds and memory between two logs."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, rows_shared_by: int = 1):
+        self._device, self._rows_shared_by = device, rows_shared_by
         self._tokens: int | torch.Tensor = 0  # on the device, for nothing to wait for it
-        self._rows = self._positions = 0  # with padding
+        self._rows, self._positions = 0.0, 0  # with padding
         self._has_told = False
         self._since: float | None = None  # the last log, or the first step
         self._mark = 0.0  # the last end of a step, of an evaluation or of a save
@@ -151,7 +147,7 @@ class SpeedMeter(TrainerCallback):
             return
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if ids is not None:
-            self._rows += len(ids)
+            self._rows += len(ids) / self._rows_shared_by
             self._positions += ids.numel()
         if mask is not None:
             self._tokens = self._tokens + mask.sum()

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import torch
 from accelerate.utils import send_to_device
 from deepspeed import DeepSpeedEngine
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from lisa_dist.core.sequence_parallel import probing
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import add_label_logits, check_loss, why_no_label_logits
 from lisa_dist.loss.liger import add_liger_loss
@@ -31,17 +31,12 @@ class PackingCheck(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Compare a document after one and after another."""
         trainer = self._trainer
-        model = trainer.model_wrapped.module
-        training = model.training
-        model.eval()
-        with torch.no_grad():
+        with probing(trainer.model_wrapped) as model:
             mixed = documents_see_each_other(
                 lambda batch: model(**send_to_device(batch, args.device), use_cache=False).logits,
                 trainer.data_collator,
                 model.config.get_text_config().vocab_size,
             )
-        model.train(training)
-        forget_module_order(trainer.model_wrapped)
         if mixed:
             flag = "packing" if trainer.args.packing else "padding_free"
             raise UserError(

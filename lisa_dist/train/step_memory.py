@@ -28,8 +28,10 @@ class StepWorkload:
     It holds no model: a Trainer with a `model_init` makes another one when training begins.
     """
 
-    def __init__(self, args: TrainingArguments, compute_loss: Callable[..., Any], loss: str = CHUNKED):
-        self._args = args
+    def __init__(
+        self, args: TrainingArguments, compute_loss: Callable[..., Any], loss: str = CHUNKED, sequence_parallel: int = 1
+    ):
+        self._args, self._sequence_parallel = args, sequence_parallel
         whose = getattr(compute_loss, "__module__", "").partition(".")[0]
         name = getattr(compute_loss, "__qualname__", "").removesuffix(".compute_loss")
         is_known = whose in ("transformers", "trl") and name in _OF_TRAINER and not args.label_smoothing_factor
@@ -43,22 +45,24 @@ class StepWorkload:
         """
         if self._loss is None:
             return None
+        is_whole = int(self._sequence_parallel == 1)  # else the labels are those of each token's next already
         return Workload(
             seq_length=tokens,
             micro_batch_size=rows,
             dtype=next(model.parameters()).dtype,
             attention="eager" if model.config._attn_implementation == "eager" else "sdpa",
             loss=self._loss,
-            labels=None if labels is None or self._loss != LOGITS else int((labels[:, 1:] != -100).sum()),
+            labels=None if labels is None or self._loss != LOGITS else int((labels[:, is_whole:] != -100).sum()),
             triton=uses_triton(self._args.device),
             padded=padded,
+            sequence_parallel=self._sequence_parallel,
         )
 
     def longest(self, model: PreTrainedModel) -> Workload | None:
         """The largest micro-batch that may come; None where no --max_length bounds it."""
         tokens = getattr(self._args, "max_length", None)
         rows = self._args.per_device_train_batch_size * self._sequences
-        return self.of(model, rows, tokens, padded=rows > 1) if tokens else None
+        return self.of(model, rows, -(-tokens // self._sequence_parallel), padded=rows > 1) if tokens else None
 
 
 def bytes_of_any_gpu(device: torch.device) -> int | None:

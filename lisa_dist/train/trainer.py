@@ -114,7 +114,7 @@ class LisaMixin(MonitoredMixin):
             self._print(check_liger(self.args, self.model.config, self.lisa_config))
         # Accelerate would replace the optimizer by a DeepSpeedCPUAdam of its own, with L2 decay and default betas.
         self._ds_config["zero_force_ds_cpu_optimizer"] = False
-        self._workload = StepWorkload(self.args, type(self).compute_loss, self._loss)
+        self._workload = StepWorkload(self.args, type(self).compute_loss, self._loss, self._rows_shared_by)
         self._signals, self._watchdog = StopSignals(), Watchdog(hang_timeout)
         self.add_callback(LisaSteps(self, self._signals, self._watchdog))
         if self.args.torch_compile:
@@ -129,6 +129,7 @@ class LisaMixin(MonitoredMixin):
         """The optimizer over the active blocks of period 0; the Trainer calls it once, before DeepSpeed is set up."""
         if self.optimizer is None:
             self.lisa = LisaController(model or self.model, self.lisa_config, self.get_decay_parameter_names)
+            self.lisa.sequence = self._sequence
             self.optimizer = build_optimizer(
                 self.lisa.param_groups(self.args.weight_decay),
                 self._optim,
@@ -189,7 +190,7 @@ class LisaMixin(MonitoredMixin):
             start_from_weights(self._controller, weights_from)
         if folder is None or state is None:
             return
-        resume.check_goes_on(self.args, folder, state, self._engine.train_batch_size())
+        resume.check_goes_on(self.args, folder, state, self._controller.rows_per_step)
         changed, factor = resume.compare_on_rank_0(folder, lambda: self._identity, self.args.ignore_data_skip)
         check_pickles(folder, state["files"])
         for rates in state["learning_rates"].values():

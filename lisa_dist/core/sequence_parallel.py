@@ -1,0 +1,252 @@
+"""Sequence parallelism: the ranks of a group share every row, and each has a part of its tokens.
+
+A group is `size` ranks in sequence. All but attention looks at one token at a time. In attention a rank gives tokens
+for heads: by one exchange it has all tokens of its share of the heads, by another its tokens of all heads again
+(Ulysses, arXiv:2309.14509, section 3.1). To ZeRO the ranks of a group are as all others, and its mean of gradients is
+right where a rank's loss is its sum over the step's labels of all ranks, times the number of ranks.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PretrainedConfig, masking_utils
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lisa_dist.errors import UserError
+from lisa_dist.tasks import SFT
+from lisa_dist.zero.stage3 import forget_module_order
+
+NO_LABEL = -100
+_FULL, _WINDOWS = "full_attention", "sliding_attention"
+_PROBE_TOKENS = 16  # of each rank, in `SequenceParallel.misses`
+
+
+def check_sequence_parallel(
+    size: int, ranks: int, config: PretrainedConfig, attention: str = "sdpa", task: str = SFT
+) -> None:
+    """Raise UserError where groups of `size` ranks cannot share the rows of a model with this config and attention."""
+    if size == 1:
+        return
+    flag, text = f"--sequence_parallel {size}", config.get_text_config()
+    if task != SFT:
+        raise UserError(f"{flag} with --task {task}: TRL's trainer makes its batches of whole rows; leave it out.")
+    if ranks % size:
+        raise UserError(f"{flag}: groups of {size} ranks do not make {ranks}; give a number that divides the ranks.")
+    if text is not config:
+        raise UserError(f"{flag}: {config.model_type} reads more than text, which is no part of a row; leave it out.")
+    if others := sorted({*(getattr(text, "layer_types", None) or [])} - {_FULL, _WINDOWS}):
+        raise UserError(
+            f"{flag}: layers of {config.model_type} are of type {', '.join(others)}, which carries a state from token "
+            "to token, or looks at blocks of them; leave it out."
+        )
+    heads = getattr(text, "num_attention_heads", size)
+    of_keys = getattr(text, "num_key_value_heads", None) or heads
+    if heads % size or (of_keys % size and size % of_keys):
+        raise UserError(
+            f"{flag}: the model has {heads} heads, {of_keys} of keys and values, and each rank takes as many as the "
+            "others; give a number that divides them."
+        )
+    if attention != "sdpa" and "flash" not in attention:
+        raise UserError(f"{flag}: attention {attention} has a mask of all tokens; give sdpa or flash_attention_2.")
+
+
+@contextlib.contextmanager
+def probing(engine: Any) -> Iterator[Any]:
+    """The model of an engine in evaluation mode and without gradients, to be asked before the first step."""
+    training = engine.module.training
+    engine.module.eval()
+    with torch.no_grad():
+        yield engine.module
+    engine.module.train(training)
+    forget_module_order(engine)
+
+
+def shard(batch: dict[str, Any], size: int, place: int) -> dict[str, Any]:
+    """The part of a batch's rows, [rows, tokens], that the rank at `place` of its group has, [rows, tokens / size].
+
+    `labels` become those of each token's next, `shift_labels` the same, and `position_ids` are those in the whole row.
+    Raises UserError for rows that `size` does not divide, and for padding that comes first.
+    """
+    rows, tokens = batch["input_ids"].shape
+    if tokens % size:
+        raise UserError(f"sequence_parallel {size}: rows of {tokens} tokens; pad them to a multiple of {size}.")
+    mask = batch.get("attention_mask")
+    if mask is not None and bool((mask.diff(dim=1) > 0).any()):
+        raise UserError(f"sequence_parallel {size}: padding comes before tokens; pad rows at their end.")
+    whole = {"position_ids": torch.arange(tokens).expand(rows, tokens)} | batch
+    if "labels" in batch:
+        whole["labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=NO_LABEL)
+        whole["shift_labels"] = whole["labels"]
+    share = slice(place * tokens // size, (place + 1) * tokens // size)
+    is_row = {name: torch.is_tensor(one) and one.shape == (rows, tokens) for name, one in whole.items()}
+    return {name: one[:, share].contiguous() if is_row[name] else one for name, one in whole.items()}
+
+
+class _AllToAll(torch.autograd.Function):
+    """Entry i to rank i of a group, and entry i from it; gradients go back the same way. Without a group, as large."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group, received = group, torch.empty_like(parts)
+        if group is not None:
+            dist.all_to_all_single(received, parts, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _AllToAll.forward(ctx, gradients[0].contiguous(), ctx.group), None
+
+
+class SharedAttention:
+    """Attention over whole rows, in a model that is given parts of them in training mode, and rows in evaluation mode.
+
+    Without a group it computes as much as a rank of one would, for a plan.
+    """
+
+    def __init__(self, size: int, group: Any = None):
+        self.size, self._group = size, group
+        self._name = ""  # of the implementation
+        self._modules: set[int] = set()
+        self._undo = contextlib.ExitStack()
+        self._is_probing = False
+        self._positions = torch.empty(0)  # of the whole rows of this forward pass
+        self._masks: dict[int | None, torch.Tensor | None] = {}
+        self._windows: set[int | None] = set()  # that attention was called with
+
+    def attend(self, model: Any) -> None:
+        """Have the model's attention see whole rows, from now until `close`."""
+        self._name = model.config._attn_implementation
+        self._modules = {id(module) for module in model.modules()}
+        self._own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[self._name]
+        ALL_ATTENTION_FUNCTIONS[self._name] = self._attention
+        self._undo.callback(ALL_ATTENTION_FUNCTIONS.__setitem__, self._name, self._own)
+        self._undo.callback(model.register_forward_pre_hook(self._begin_pass, with_kwargs=True).remove)
+
+    def close(self) -> None:
+        """Give the model its own attention back."""
+        self._undo.close()
+
+    def _begin_pass(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Take the positions of whole rows; masks follow from them, as the model's own would be those of a part."""
+        if not (model.training or self._is_probing):
+            return None
+        own = kwargs["position_ids"].contiguous()
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        if self._group is not None:
+            dist.all_gather(every, own, group=self._group)
+        self._positions = torch.cat(every, dim=1)
+        self._masks.clear()
+        return args, {name: one for name, one in kwargs.items() if name != "attention_mask"}
+
+    def _attention(self, module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, of [rows, heads, tokens, size], over whole rows and this rank's share of the heads."""
+        if id(module) not in self._modules or not (module.training or self._is_probing):
+            return self._own(module, query, key, value, mask, *args, **kwargs)
+        if kwargs.get("s_aux") is not None or query.shape[1] % self.size:
+            raise UserError(f"--sequence_parallel {self.size}: {type(module).__name__} has sinks, or other heads.")
+        kwargs["position_ids"] = self._positions
+        if self._is_probing:
+            kwargs["dropout"] = 0.0
+        copies = max(1, self.size // key.shape[1])  # where there are fewer heads of keys than ranks
+        key, value = (one.repeat_interleave(copies, dim=1) if copies > 1 else one for one in (key, value))
+        query, key, value = (self._exchange(one) for one in (query, key, value))
+        groups = getattr(module, "num_key_value_groups", None)
+        if groups is not None:
+            module.num_key_value_groups = query.shape[1] // key.shape[1]
+        output, _ = self._own(module, query, key, value, self._mask(kwargs.get("sliding_window")), *args, **kwargs)
+        if groups is not None:
+            module.num_key_value_groups = groups
+        return self._exchange(output), None
+
+    def _exchange(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Each rank's part of dimension 1 to it, joined in dimension 2: [rows, a, b, c] to [rows, a / n, b n, c]."""
+        parts = torch.stack(tensor.chunk(self.size, dim=1))
+        received: torch.Tensor = _AllToAll.apply(parts, self._group)
+        return torch.cat(received.unbind(), dim=2)
+
+    def _mask(self, window: int | None) -> torch.Tensor | None:
+        """SDPA's for whole rows, once for all layers of a pass; flash-attn goes by positions and the window itself."""
+        self._windows.add(window)
+        if "sdpa" not in self._name:
+            return None
+        if window not in self._masks:
+            rows, tokens = self._positions.shape
+            documents = masking_utils.find_packed_sequence_indices(self._positions)
+            sees = sliding_window_causal_mask_function(window) if window else causal_mask_function
+            if documents is not None:
+                sees = and_masks(sees, packed_sequence_mask_function(documents))
+            self._masks[window] = sdpa_mask(
+                rows,
+                tokens,
+                tokens,
+                mask_function=sees,
+                local_size=window,
+                allow_is_causal_skip=documents is None,
+                device=self._positions.device,
+            )
+        return self._masks[window]
+
+
+class SequenceParallel(SharedAttention):
+    """The ranks that share rows with this one: `size` in sequence, of which it is the one at `place`.
+
+    Those with the same `data_rank`, of `data_ranks`, are to be given the same rows. All ranks build it.
+    """
+
+    def __init__(self, size: int, device_type: str):
+        # The names are Accelerate's, whose loaders give the ranks of a "tp" group the same batches.
+        self.mesh = init_device_mesh(device_type, (dist.get_world_size() // size, size), mesh_dim_names=("dp", "tp"))
+        super().__init__(size, self.mesh.get_group("tp"))
+        self.place = self.mesh.get_local_rank("tp")
+        self.data_ranks, self.data_rank = self.mesh["dp"].size(), self.mesh.get_local_rank("dp")
+
+    def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part of a batch, by the function `shard`, with what makes a model's loss the mean of all labels.
+
+        That is `num_items_in_batch`, by which models of transformers divide; DeepSpeed takes the mean of all ranks.
+        """
+        part = shard(batch, self.size, self.place)
+        if "labels" in batch:
+            part["num_items_in_batch"] = (batch["labels"][:, 1:] != NO_LABEL).sum() / self.size
+        return part
+
+    def share(self, engine: Any) -> None:
+        """Have the model of an engine share rows; all ranks call it before a step. Raises UserError where it cannot."""
+        with probing(engine) as model:
+            self.attend(model)
+            misses = self._misses(model)
+        if misses:
+            raise UserError(
+                f"--sequence_parallel {self.size}: in {type(model).__name__} more than the attention of transformers "
+                "looks at other tokens, and a part of a row gives other logits than the row; leave it out."
+            )
+
+    def _misses(self, model: Any) -> bool:
+        """Whether this rank's part of a row gives other logits than the row.
+
+        How much a difference would be is that of the part as a row of its own.
+        """
+        row = torch.arange(_PROBE_TOKENS * self.size, device=next(model.parameters()).device)[None]
+        part = shard({"input_ids": row % model.config.vocab_size}, self.size, self.place)
+        whole = model(input_ids=row % model.config.vocab_size, use_cache=False).logits.chunk(self.size, dim=1)
+        alone = model(**part, use_cache=False).logits
+        self._windows.clear()
+        self._is_probing = True
+        shared = model(**part, use_cache=False).logits
+        self._is_probing = False
+        differences = torch.stack([(one - whole[self.place]).float().abs().max() for one in (shared, alone)])
+        dist.all_reduce(differences, dist.ReduceOp.MAX)
+        moved, seen = differences.tolist()
+        has_windows = _WINDOWS in (getattr(model.config, "layer_types", None) or [])
+        return moved > 0.05 * seen or (has_windows and self._windows == {None})

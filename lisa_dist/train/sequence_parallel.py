@@ -1,0 +1,119 @@
+"""Sequence parallelism in a Trainer: the ranks of a group are given the same rows, each its part of them."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch.utils.data import IterableDataset
+from transformers import DataCollator, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lisa_dist.core.sequence_parallel import SequenceParallel, check_sequence_parallel, shard
+from lisa_dist.errors import UserError
+from lisa_dist.tasks import SFT
+from lisa_dist.train.resume import task_trainer_of
+
+# Arguments whose loss is not a sum over labels that parts of rows add up to, and their values without an effect.
+_OF_WHOLE_ROWS: dict[str, Any] = {
+    "label_smoothing_factor": 0,
+    "neftune_noise_alpha": None,
+    "average_tokens_across_devices": True,
+}
+
+if TYPE_CHECKING:
+    _TrainerClass: TypeAlias = Any  # whichever class of Trainer the mixin is put before
+else:
+    _TrainerClass = object
+
+
+def take_sequence_parallel(arguments: Iterable[Any]) -> int:
+    """The ranks that share each row, by the training arguments among a Trainer's; 1 where none do.
+
+    Accelerate is not told of them: its loaders would gather rows of all ranks, and the Trainer's loss would weigh rows
+    by themselves, not by their labels.
+    """
+    args: Any = next((one for one in arguments if isinstance(one, TrainingArguments)), None)
+    given = getattr(args, "parallelism_config", None)
+    size = getattr(args, "sequence_parallel", 1)
+    if given is not None and given.sp_size > 1:
+        size, args.parallelism_config = given.sp_size, None
+    return size
+
+
+class _Collate:
+    """A collator that gives this rank's part of rows; workers of a loader take it with them."""
+
+    def __init__(self, collate: Callable[[Any], dict[str, Any]], size: int, place: int):
+        self._collate, self._size, self._place = collate, size, place
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        return shard(self._collate(rows), self._size, self._place)
+
+
+class SequenceParallelMixin(_TrainerClass):
+    """Put before a Trainer class: ranks share rows by `--sequence_parallel`, or `sp_size` of a ParallelismConfig."""
+
+    data_collator: DataCollator  # the Trainer's
+    _sequence: SequenceParallel | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        size = take_sequence_parallel([*args, *kwargs.values()])
+        super().__init__(*args, **kwargs)
+        if size > 1:
+            check_can_share(self, size)
+            self._sequence = SequenceParallel(size, self.args.device.type)
+            collator: Any = self.data_collator
+            if hasattr(collator, "pad_to_multiple_of"):
+                collator.pad_to_multiple_of = math.lcm(collator.pad_to_multiple_of or 1, size)
+            self.add_callback(_Share(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; the model has its own attention again when it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._sequence is not None:
+                self._sequence.close()
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """The Trainer's; of training the ranks of a group have the same rows, each its part of them."""
+        sequence, collate, state = self._sequence, self.data_collator, self.accelerator.state
+        if sequence is None or not is_training:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        self.data_collator = _Collate(collate, sequence.size, sequence.place)
+        state.ds_device_mesh = sequence.mesh
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collate
+            del state.ds_device_mesh
+
+    def get_total_train_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        """The Trainer's: rows of a step, which the ranks of a group share."""
+        return super().get_total_train_batch_size(*args, **kwargs) // self._rows_shared_by
+
+    @property
+    def _rows_shared_by(self) -> int:
+        return 1 if self._sequence is None else self._sequence.size
+
+
+class _Share(TrainerCallback):
+    """Has ranks share rows from the first step on. Raises UserError for a model whose parts of rows need the others."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The engine is there."""
+        self._trainer._sequence.share(self._trainer.model_wrapped)
+
+
+def check_can_share(trainer: Any, size: int) -> None:
+    """Raise UserError for a trainer whose ranks cannot share rows."""
+    flag, args, config = f"--sequence_parallel {size}", trainer.args, trainer.model.config
+    task = task_trainer_of(type(trainer)) or SFT
+    check_sequence_parallel(size, args.world_size, config, config._attn_implementation, task)
+    for name, without in _OF_WHOLE_ROWS.items():
+        if getattr(args, name, without) != without:
+            raise UserError(f"{flag} with --{name} {getattr(args, name)}: it is of whole rows; give one of the two.")
+    if isinstance(trainer.train_dataset, IterableDataset):
+        raise UserError(f"{flag}: a stream's rows are dealt out by rank 0, to each rank its own; give a dataset.")
