@@ -1,7 +1,7 @@
 """Sequence parallelism in a Trainer: the ranks of a group are given the same rows, each its part of them."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch.utils.data import IterableDataset
@@ -9,7 +9,6 @@ from transformers import DataCollator, TrainerCallback, TrainerControl, TrainerS
 
 from lisa_dist.core.sequence_parallel import SequenceParallel, check_sequence_parallel, shard
 from lisa_dist.errors import UserError
-from lisa_dist.tasks import SFT
 from lisa_dist.train.resume import task_trainer_of
 
 # Arguments whose loss is not a sum over labels that parts of rows add up to, and their values without an effect.
@@ -25,13 +24,12 @@ else:
     _TrainerClass = object
 
 
-def take_sequence_parallel(arguments: Iterable[Any]) -> int:
-    """The ranks that share each row, by the training arguments among a Trainer's; 1 where none do.
+def take_sequence_parallel(args: Any) -> int:
+    """The ranks that share each row, by a Trainer's arguments; 1 where none do.
 
     Accelerate is not told of them: its loaders would gather rows of all ranks, and the Trainer's loss would weigh rows
     by themselves, not by their labels.
     """
-    args: Any = next((one for one in arguments if isinstance(one, TrainingArguments)), None)
     given = getattr(args, "parallelism_config", None)
     size = getattr(args, "sequence_parallel", 1)
     if given is not None and given.sp_size > 1:
@@ -56,10 +54,17 @@ class SequenceParallelMixin(_TrainerClass):
     _sequence: SequenceParallel | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
-        size = take_sequence_parallel([*args, *kwargs.values()])
+        ours: Any = next((one for one in [*args, *kwargs.values()] if isinstance(one, TrainingArguments)), None)
+        size = take_sequence_parallel(ours)
+        if size > 1:
+            check_can_share(type(self), ours, size)
         super().__init__(*args, **kwargs)
         if size > 1:
-            check_can_share(self, size)
+            config = self.model.config
+            check_sequence_parallel(size, self.args.world_size, config, config._attn_implementation)
+            if isinstance(self.train_dataset, IterableDataset):
+                rule = "rank 0 deals out a stream's rows, to each rank its own; give a dataset"
+                raise UserError(f"--sequence_parallel {size}: {rule}.")
             self._sequence = SequenceParallel(size, self.args.device.type)
             collator: Any = self.data_collator
             if hasattr(collator, "pad_to_multiple_of"):
@@ -107,13 +112,11 @@ class _Share(TrainerCallback):
         self._trainer._sequence.share(self._trainer.model_wrapped)
 
 
-def check_can_share(trainer: Any, size: int) -> None:
-    """Raise UserError for a trainer whose ranks cannot share rows."""
-    flag, args, config = f"--sequence_parallel {size}", trainer.args, trainer.model.config
-    task = task_trainer_of(type(trainer)) or SFT
-    check_sequence_parallel(size, args.world_size, config, config._attn_implementation, task)
+def check_can_share(trainer_class: type, args: TrainingArguments, size: int) -> None:
+    """Raise UserError for a trainer, or arguments, whose loss is of whole rows."""
+    flag = f"--sequence_parallel {size}"
+    if (task := task_trainer_of(trainer_class)) is not None:
+        raise UserError(f"{flag}: {task} makes its batches of whole rows; it is for supervised fine-tuning.")
     for name, without in _OF_WHOLE_ROWS.items():
-        if getattr(args, name, without) != without:
+        if getattr(args, name) != without:
             raise UserError(f"{flag} with --{name} {getattr(args, name)}: it is of whole rows; give one of the two.")
-    if isinstance(trainer.train_dataset, IterableDataset):
-        raise UserError(f"{flag}: a stream's rows are dealt out by rank 0, to each rank its own; give a dataset.")
