@@ -1,5 +1,6 @@
 """What ZeRO-3 gathers and keeps: inputs of frozen weights, recomputed layers, the order of modules, prefetches."""
 
+import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 _layer_of: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
 # DeepSpeed's own; a release without it is reported by `override`.
 keep_until_module_is_done = getattr(partitioned_param_coordinator, "update_recompute_parameters", None)
+_coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+_what_is_released = vars(_coordinator)["_PartitionedParameterCoordinator__params_to_release"]
 
 
 class LinearFunction(LinearFunctionForZeroStage3):
@@ -72,6 +75,8 @@ def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:
         coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
+        # DeepSpeed caches by module and place in the order, whatever the order, what is released after a module.
+        inspect.getclosurevars(_what_is_released).nonlocals["func"].cache_clear()
 
 
 def forget_sharing_ranks(model: torch.nn.Module) -> None:

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
-from models import tiny_llama
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from models import tiny_llama, token_batches
+from ranks import run_ranks
 
+import lisa_dist
+from lisa_dist.core.sequence_parallel import probing
 from lisa_dist.zero import stage3
 
 
@@ -38,3 +42,27 @@ def test_a_recomputed_layer_stays_gathered_until_its_backward_pass_is_done(monke
     for module, keeper in ((layer.mlp.down_proj, layer), (model.lm_head, model.lm_head)):
         stage3.keep_until_layer_is_done(module, module.weight)
         assert kept.pop() == (keeper, module.weight)
+
+
+def whole_before_backward(passes: int) -> list[int]:
+    """Elements that are whole when the backward passes of two steps begin, after so many forward passes alone."""
+    engine, lisa = lisa_dist.initialize(tiny_llama(), "zero3", lisa_dist.LisaConfig())
+    rows, found = token_batches(1, rows=1)[0, 0], []
+    with probing(engine) as model:
+        for _ in range(passes):
+            model(input_ids=rows)
+    for _ in range(2):
+        lisa.on_step_begin()
+        loss = engine(input_ids=rows, labels=rows).loss
+        whole = [one.ds_numel for one in engine.module.parameters() if one.ds_status is ZeroParamStatus.AVAILABLE]
+        found.append(sum(whole))
+        engine.backward(loss)
+        engine.step()
+    engine.destroy()
+    return found
+
+
+@pytest.mark.usefixtures("cpu_ops")
+def test_an_order_that_is_recorded_anew_is_not_followed_by_the_releases_of_the_old_one():
+    plain, after_others = (run_ranks(whole_before_backward, 2, passes)[0] for passes in (0, 3))
+    assert plain[0] < plain[1] == after_others[1]
