@@ -50,6 +50,7 @@ _REFUSED = (
     ("sequence_parallel_size", (0, 1), _SPLIT),
 )
 _HPZ = "zero_hpz_partition_size"  # ranks that have a copy of all weights between them
+_LIVE, _PREFETCH, _MOST_LIVE = "stage3_max_live_parameters", "stage3_prefetch_bucket_size", 2_000_000_000
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 
 
@@ -160,6 +161,21 @@ def fill_secondary_partitions(config: dict, ranks_of_hosts: Sequence[int], has_r
             f"the DeepSpeed config has {_HPZ} = {json.dumps(size)}: the ranks of a host share a copy of the weights, "
             f'and the hosts have {listed} ranks; make it the number of each of several hosts\' ranks, or "auto".'
         )
+
+
+def fill_layer_gathers(config: dict, largest_layer: int, hidden_size: int) -> bool:
+    """Whether ZeRO-3 is to gather a decoder layer at once, and if so have it prefetch one, and no more, ahead.
+
+    So it is where two layers, of `largest_layer` elements, are no more than the parameters that the config lets be
+    whole, or 2e9. A ring of many ranks takes as long to begin for a matrix as for a layer.
+    """
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage") != 3 or 2 * largest_layer > zero.get(_LIVE, _MOST_LIVE):
+        return False
+    zero.setdefault(_LIVE, 2 * largest_layer)
+    if zero.get(_PREFETCH, "auto") in ("auto", int(0.9 * hidden_size**2)):  # which the Trainer makes of "auto"
+        zero[_PREFETCH] = largest_layer
+    return True
 
 
 def offloads_parameters(config: dict) -> bool:

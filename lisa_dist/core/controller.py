@@ -61,6 +61,7 @@ from lisa_dist.run_folder import LOG_NAME
 from lisa_dist.zero.cpu_ops import release_shared_memory
 from lisa_dist.zero.overrides import override_construction
 from lisa_dist.zero.partitions import ZeroPartitions
+from lisa_dist.zero.stage3 import gather_by_layers
 from lisa_dist.zero.stages import check_deepspeed
 
 
@@ -128,6 +129,11 @@ class LisaController:
         With sampled outer blocks they cover every block that any period may train; `attach` then keeps period 0's.
         """
         return self.selection.param_groups(self.active, weight_decay)
+
+    def gather_by_layers(self, model: Any, ds_config: dict[str, Any]) -> None:
+        """Before the engine is built by a DeepSpeed config, changed in place: of ZeRO-3, see `zero/stage3.py`."""
+        layers = list(model.get_submodule(self.blocks.layers_path).children())
+        gather_by_layers(layers, ds_config, model.config.get_text_config().hidden_size)
 
     def attach(self, engine: deepspeed.DeepSpeedEngine, output_dir: str | None = None) -> None:
         """Take over a DeepSpeed engine whose optimizer was built from `param_groups`.

@@ -64,6 +64,7 @@ def initialize(
         check_sequence_parallel(sequence_parallel, dist.get_world_size(), how, how._attn_implementation)
     offload = uses_optimizer_offload(filled)
     lisa = LisaController(model, config)
+    lisa.gather_by_layers(model, filled)
     groups = lisa.param_groups(weight_decay)
     optimizer = build_optimizer(groups, optim, lr=lr, offload=offload, seed=config.lisa_seed)
     with contextlib.ExitStack() as undone:  # where something is wrong the model is given back

@@ -212,13 +212,15 @@ def gathered_weights(
     trained: Sequence[torch.nn.Parameter],
     persistence_threshold: int,
     max_reuse_distance: int,
+    max_live: int,
     share: float = 0.0,
     shared_before: bool = False,
 ) -> Callable[[Arrival | None], int]:
     """Bytes of whole weights, as a function of the gradient that arrives.
 
     None, the end of the forward pass: those that the backward pass needs again within `max_reuse_distance` elements.
-    When a gradient arrives: at most those that the backward pass has not passed. Parameters of up to
+    When a gradient arrives: those, or up to `max_live` elements that are gathered ahead, of what the backward pass has
+    not passed. Parameters of up to
     `persistence_threshold` elements are whole all the time and not counted. `share` is this rank's of what its host has
     of a trained parameter once it is let go, or `shared_before`, of an earlier micro-batch.
     """
@@ -253,7 +255,8 @@ def gathered_weights(
             return element * (gathered + int(share * let_go))
         key = id(arrival.parameter)
         passed = max(let_go, active - active_not_passed.get(key, 0))
-        return element * (min(gathered, not_passed.get(key, gathered)) + int(share * passed))
+        whole = max(gathered, max_live)
+        return element * (min(whole, not_passed.get(key, gathered)) + int(share * passed))
 
     return gathered_at
 

@@ -18,7 +18,7 @@ from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.sequence_parallel import check_sequence_parallel
 from lisa_dist.core.weight_store import HOST
-from lisa_dist.ds_config import fill_secondary_partitions, read_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import fill_layer_gathers, fill_secondary_partitions, read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import why_no_label_logits
 from lisa_dist.memory.estimate import StepEstimate, kept_states
@@ -91,7 +91,6 @@ class Planner:
         content = copy.deepcopy(ds_config) if isinstance(ds_config, dict) else read_ds_config(ds_config)
         prepare_ds_config(content, lisa, arguments.optim, arguments.precision)
         fill_secondary_partitions(content, arguments.ranks_of_hosts, arguments.has_reference)
-        settings = StageSettings.of(content, self._config.get_text_config().hidden_size)
         workload = Workload(
             -(-arguments.seq_length // arguments.sequence_parallel),
             arguments.rows,
@@ -102,8 +101,11 @@ class Planner:
             padded=arguments.rows > 1,
             sequence_parallel=arguments.sequence_parallel,
         )
+        run, hidden_size = self._estimate.run(workload), self._config.get_text_config().hidden_size
+        if arguments.method == "lisa":
+            fill_layer_gathers(content, run.largest_layer, hidden_size)
+        settings = StageSettings.of(content, hidden_size)
         parts, host = self._estimate.worst(settings, workload)
-        run = self._estimate.run(workload)
         if arguments.has_reference:
             whole = sum(parameter.nbytes for parameter in run.model.parameters())
             share = -(-whole // arguments.gpus) if settings.stage == 3 else whole

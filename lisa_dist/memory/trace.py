@@ -247,6 +247,11 @@ class FakeRun:
             add_label_logits(self.model, select=self._with_label, score=score)
         self._has_loss.append(True)
 
+    @property
+    def largest_layer(self) -> int:
+        """Elements of the largest decoder layer."""
+        return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in self._layers)
+
     def with_workload(self, workload: Workload) -> "FakeRun":
         """The same model; of the workload what a model is not built by may be another."""
         assert model_workload(workload) == model_workload(self.workload)

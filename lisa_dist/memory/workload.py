@@ -86,7 +86,7 @@ class Group:
 # DeepSpeed's defaults, where a config leaves them to it. Elements.
 _REDUCE_BUCKET = 500_000_000
 _PERSISTENCE_THRESHOLD = 100_000
-_MAX_REUSE_DISTANCE = 1_000_000_000
+_MAX_REUSE_DISTANCE = _MAX_LIVE = 1_000_000_000
 # Keys of a config by which gradients are added up otherwise.
 _OTHER_SUMS = ("prescale_gradients", "gradient_predivide_factor", "communication_data_type")
 
@@ -103,6 +103,7 @@ class StageSettings:
     overlap_comm: bool
     persistence_threshold: int
     max_reuse_distance: int
+    max_live: int
     sharing_ranks: int = 1  # of a host, which have a copy of all weights between them
     plain_sums: bool = True  # gradients are added up in the dtype of the weights, and divided by the ranks afterwards
 
@@ -130,6 +131,7 @@ class StageSettings:
             ),
             sharing_ranks=max(1, elements("zero_hpz_partition_size", 1, 1)),
             plain_sums=not any(ds_config.get(key) for key in _OTHER_SUMS) and not data_types.get("grad_accum_dtype"),
+            max_live=elements("stage3_max_live_parameters", _MAX_LIVE, _MAX_LIVE),
             max_reuse_distance=elements("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE, _MAX_REUSE_DISTANCE),
         )
 

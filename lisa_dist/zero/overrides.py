@@ -82,6 +82,7 @@ def _placing_masters(stage: Stage, kind: Any) -> Callable[[Any], None]:
     @functools.wraps(original)
     def place_masters(zero: Any) -> None:
         """Replace each master that belongs on the host, or that the weights can take the place of."""
+        stage3.reduce_by_parameters(parameter for group in stage.groups(zero) for parameter in group)
         if stage.offloads_optimizer(zero) or isinstance(zero.optimizer, torch.optim.Adagrad):
             original(zero)
             return

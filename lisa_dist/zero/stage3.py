@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -10,8 +10,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
-from deepspeed.utils import groups
+from deepspeed.utils import groups, set_z3_leaf_module
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lisa_dist.ds_config import fill_layer_gathers
+from lisa_dist.zero.parameters import parameter_numel
 
 # The decoder layer of each module, of all models in the process.
 _layer_of: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
@@ -64,6 +67,24 @@ def keep_until_layer_is_done(module: torch.nn.Module, parameter: torch.nn.Parame
     reference = _layer_of.get(module)
     layer = None if reference is None else reference()
     keep_until_module_is_done(module if layer is None else layer, parameter)
+
+
+def gather_by_layers(layers: Sequence[torch.nn.Module], ds_config: dict[str, Any], hidden_size: int) -> None:
+    """Before the engine is built: have it gather each decoder layer at once, where `fill_layer_gathers` says so."""
+    largest = max(sum(parameter_numel(parameter) for parameter in layer.parameters()) for layer in layers)
+    if fill_layer_gathers(ds_config, largest, hidden_size):
+        for layer in layers:
+            set_z3_leaf_module(layer, True)
+
+
+def reduce_by_parameters(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Have each gradient of a layer that is gathered at once be reduced when it arrives, as those of other layers.
+
+    DeepSpeed waits for the backward hook of the layer, which torch calls too early where no input needs a gradient:
+    below it all is frozen. It would reduce zeros, and never the gradients.
+    """
+    for parameter in parameters:
+        vars(parameter).pop("ds_z3_leaf_module", None)
 
 
 def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:
