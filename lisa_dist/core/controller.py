@@ -96,6 +96,7 @@ class LisaController:
         self.changes = BlockChanges()
         self.at_close: Callable[[], object] = lambda: None
         self.sequence: SequenceParallel | None = None  # where ranks share rows
+        self.gathers_layers = False  # at once, of ZeRO-3
         self._log = PeriodLog()
         self._begun_step = -1  # the last step that on_step_begin has seen
         if dist.is_initialized():
@@ -133,7 +134,7 @@ class LisaController:
     def gather_by_layers(self, model: Any, ds_config: dict[str, Any]) -> None:
         """Before the engine is built by a DeepSpeed config, changed in place: of ZeRO-3, see `zero/stage3.py`."""
         layers = list(model.get_submodule(self.blocks.layers_path).children())
-        gather_by_layers(layers, ds_config, model.config.get_text_config().hidden_size)
+        self.gathers_layers = gather_by_layers(model, layers, ds_config)
 
     def attach(self, engine: deepspeed.DeepSpeedEngine, output_dir: str | None = None) -> None:
         """Take over a DeepSpeed engine whose optimizer was built from `param_groups`.

@@ -349,9 +349,9 @@ class StepPlan:
         if self._stage < 3 or self._shares_are_whole:
             return lambda arrival: 0
         settings = self.settings
-        threshold, distance, live = settings.persistence_threshold, settings.max_reuse_distance, settings.max_live
+        kept = settings.persistence_threshold, settings.max_reuse_distance, settings.max_live, settings.by_layers
         share = 0.0 if settings.sharing_ranks == 1 else 1 / settings.sharing_ranks
-        return gathered_weights(self.run, self._trained, threshold, distance, live, share, not is_first)
+        return gathered_weights(self.run, self._trained, *kept, share, not is_first)
 
     # Peaks
 

@@ -213,12 +213,14 @@ def gathered_weights(
     persistence_threshold: int,
     max_reuse_distance: int,
     max_live: int,
+    by_layers: bool,
     share: float = 0.0,
     shared_before: bool = False,
 ) -> Callable[[Arrival | None], int]:
     """Bytes of whole weights, as a function of the gradient that arrives.
 
-    None, the end of the forward pass: those that the backward pass needs again within `max_reuse_distance` elements.
+    None, the end of the forward pass: those that the backward pass needs again within `max_reuse_distance` elements,
+    matrix by matrix, or `by_layers`.
     When a gradient arrives: those, or up to `max_live` elements that are gathered ahead, of what the backward pass has
     not passed. Parameters of up to
     `persistence_threshold` elements are whole all the time and not counted. `share` is this rank's of what its host has
@@ -241,13 +243,13 @@ def gathered_weights(
         not_passed |= {id(parameter): matrix for parameter in blocks.embed.parameters.values()}
     gathered = distance = 0
     let_go = active = sum(parameter.numel() for parameter in trained)
-    for parameter in reversed([parameter for block in order for parameter in block.parameters.values()]):
+    backward = [list(block.parameters.values())[::-1] for block in reversed(order)]
+    for together in backward if by_layers else [[parameter] for params in backward for parameter in params]:
         if 2 * distance >= max_reuse_distance:
             break
-        distance += (numel := parameter.numel())
-        gathered += numel if numel > persistence_threshold else 0
-        let_go -= numel if id(parameter) in ours else 0
-
+        distance += sum(parameter.numel() for parameter in together)
+        gathered += sum(one.numel() for one in together if one.numel() > persistence_threshold)
+        let_go -= sum(one.numel() for one in together if id(one) in ours)
     let_go = active if shared_before else let_go
 
     def gathered_at(arrival: Arrival | None) -> int:

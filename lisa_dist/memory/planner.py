@@ -102,9 +102,8 @@ class Planner:
             sequence_parallel=arguments.sequence_parallel,
         )
         run, hidden_size = self._estimate.run(workload), self._config.get_text_config().hidden_size
-        if arguments.method == "lisa":
-            fill_layer_gathers(content, run.largest_layer, hidden_size)
-        settings = StageSettings.of(content, hidden_size)
+        by_layers = arguments.method == "lisa" and fill_layer_gathers(content, run.largest_layer, hidden_size)
+        settings = StageSettings.of(content, hidden_size, by_layers)
         parts, host = self._estimate.worst(settings, workload)
         if arguments.has_reference:
             whole = sum(parameter.nbytes for parameter in run.model.parameters())

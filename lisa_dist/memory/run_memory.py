@@ -76,7 +76,8 @@ class RunMemory:
         self._checkpointing = Checkpointing(self._model)
         self._estimate: StepEstimate | None = None
         if config is not None:
-            self._settings = StageSettings.of(ds_config, config.get_text_config().hidden_size)
+            hidden_size = config.get_text_config().hidden_size
+            self._settings = StageSettings.of(ds_config, hidden_size, lisa.gathers_layers)
             self._estimate = StepEstimate(
                 FakeRuns(config, on_disk=False),  # no other run has the shapes of this one's micro-batches
                 lisa.config,

@@ -104,11 +104,12 @@ class StageSettings:
     persistence_threshold: int
     max_reuse_distance: int
     max_live: int
+    by_layers: bool  # a decoder layer is gathered at once
     sharing_ranks: int = 1  # of a host, which have a copy of all weights between them
     plain_sums: bool = True  # gradients are added up in the dtype of the weights, and divided by the ranks afterwards
 
     @classmethod
-    def of(cls, ds_config: dict[str, Any], hidden_size: int) -> "StageSettings":
+    def of(cls, ds_config: dict[str, Any], hidden_size: int, by_layers: bool = False) -> "StageSettings":
         """Read a config, with "auto" as the Hugging Face integration fills it in."""
         zero, data_types = ds_config["zero_optimization"], ds_config.get("data_types") or {}
 
@@ -131,6 +132,7 @@ class StageSettings:
             ),
             sharing_ranks=max(1, elements("zero_hpz_partition_size", 1, 1)),
             plain_sums=not any(ds_config.get(key) for key in _OTHER_SUMS) and not data_types.get("grad_accum_dtype"),
+            by_layers=by_layers,
             max_live=elements("stage3_max_live_parameters", _MAX_LIVE, _MAX_LIVE),
             max_reuse_distance=elements("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE, _MAX_REUSE_DISTANCE),
         )

@@ -48,6 +48,10 @@ update_recompute_parameters: stage3.py, process-wide, on stage 3
     Partitions a recomputed layer again after its last matrix. Instead the layer stays gathered until its backward
     pass is done. Counted: 98 gathers a step in place of 74, where six layers of six are recomputed.
     test_a_recomputed_layer_stays_gathered_until_its_backward_pass_is_done
+_PartitionedParameterCoordinator__params_to_release: stage3.py, process-wide, on stage 3
+    Remembers what a place of another order let go of, and keeps layers that are gathered at once to the end of the
+    step. Instead it is found by the order that there is. Wrong without: frozen layers that are not needed again stay
+    whole. test_an_order_that_is_recorded_anew_is_not_followed_by_the_releases_of_the_old_one
 scaled_global_norm, _get_norm_groups, has_overflow: gradients.py, without optimizer offload and model parallelism
     An all-reduce and a wait for each group, a copy in fp64 of each whole gradient, two more passes and waits to see
     whether it is finite. Instead one all-reduce and one wait. Peak: 3.31 GiB of 25.74 of llama3_8b_24gb (12.9%).

@@ -41,6 +41,8 @@ def override_stage_3(model: torch.nn.Module) -> None:
     stage3.remember_checkpointed_layers(model)
     override(linear, "LinearFunctionForZeroStage3", stage3.LinearFunction)
     override(partitioned_param_coordinator, "update_recompute_parameters", stage3.keep_until_layer_is_done)
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    override(coordinator, "_PartitionedParameterCoordinator__params_to_release", stage3.what_to_release)
 
 
 def override_optimizer(

@@ -1,6 +1,5 @@
 """What ZeRO-3 gathers and keeps: inputs of frozen weights, recomputed layers, the order of modules, prefetches."""
 
-import inspect
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
-from deepspeed.utils import groups, set_z3_leaf_module
+from deepspeed.utils import groups, set_z3_leaf_module, z3_leaf_module
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lisa_dist.ds_config import fill_layer_gathers
@@ -18,10 +17,10 @@ from lisa_dist.zero.parameters import parameter_numel
 
 # The decoder layer of each module, of all models in the process.
 _layer_of: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
+# By coordinator: an order of modules, and what is let go of by module and place in it.
+_releases: weakref.WeakKeyDictionary[Any, tuple[Any, dict[tuple[int, int], set[int]]]] = weakref.WeakKeyDictionary()
 # DeepSpeed's own; a release without it is reported by `override`.
 keep_until_module_is_done = getattr(partitioned_param_coordinator, "update_recompute_parameters", None)
-_coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
-_what_is_released = vars(_coordinator)["_PartitionedParameterCoordinator__params_to_release"]
 
 
 class LinearFunction(LinearFunctionForZeroStage3):
@@ -69,12 +68,13 @@ def keep_until_layer_is_done(module: torch.nn.Module, parameter: torch.nn.Parame
     keep_until_module_is_done(module if layer is None else layer, parameter)
 
 
-def gather_by_layers(layers: Sequence[torch.nn.Module], ds_config: dict[str, Any], hidden_size: int) -> None:
-    """Before the engine is built: have it gather each decoder layer at once, where `fill_layer_gathers` says so."""
+def gather_by_layers(model: Any, layers: Sequence[torch.nn.Module], ds_config: dict[str, Any]) -> bool:
+    """Before the engine is built: have it gather each decoder layer at once, if `fill_layer_gathers` says so."""
     largest = max(sum(parameter_numel(parameter) for parameter in layer.parameters()) for layer in layers)
-    if fill_layer_gathers(ds_config, largest, hidden_size):
-        for layer in layers:
-            set_z3_leaf_module(layer, True)
+    by_layers = fill_layer_gathers(ds_config, largest, model.config.get_text_config().hidden_size)
+    for layer in layers:
+        set_z3_leaf_module(layer, by_layers)
+    return by_layers
 
 
 def reduce_by_parameters(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -87,6 +87,35 @@ def reduce_by_parameters(parameters: Iterable[torch.nn.Parameter]) -> None:
         vars(parameter).pop("ds_z3_leaf_module", None)
 
 
+def what_to_release(coordinator: Any, module: Any, step: int) -> set[int]:
+    """By `ds_id`, the parameters of a module to let go of at a place in the recorded order of modules.
+
+    They are those that no module needs again within the reuse distance. DeepSpeed gives the same answer for a place
+    when the order is another one, as after a switch; and where a module is gathered at once, it takes all that contain
+    it, which come again when the backward pass begins, for ones that need all parameters.
+    """
+
+    def own(name: str) -> Any:
+        return getattr(coordinator, f"_PartitionedParameterCoordinator__{name}")
+
+    def parameters_of(one: Any) -> Any:
+        return partitioned_param_coordinator.iter_params(one, recurse=z3_leaf_module(one))
+
+    order, key = own("submodule_order"), (module.ds_id, step)
+    known_order, known = _releases.get(coordinator, ((), {}))
+    if known_order is not order:
+        _releases[coordinator] = order, (known := {})
+    if key not in known:
+        known[key], passed = {one.ds_id for one in parameters_of(module) if not one.ds_persist}, 0
+        for later in order[step:]:
+            if passed >= own("max_reuse_dist_in_numel"):
+                break
+            known[key] -= {one.ds_id for one in parameters_of(later)}
+            passed += sum(one.ds_numel for one in parameters_of(later))
+    fetched = own("most_recent_step_id_param_fetched_for")  # later uses are not prefetched where it is whole
+    return known[key] - {one.ds_id for one in parameters_of(module) if fetched[one] > step}
+
+
 def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:
     """Have stage 3 record anew in which order modules run, after a forward pass that is not training's (a generation).
 
@@ -96,8 +125,6 @@ def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:
         coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
-        # DeepSpeed caches by module and place in the order, whatever the order, what is released after a module.
-        inspect.getclosurevars(_what_is_released).nonlocals["func"].cache_clear()
 
 
 def forget_sharing_ranks(model: torch.nn.Module) -> None:

@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import lisa_dist
 from lisa_dist.core.live_bytes import live_tensor_bytes
-from lisa_dist.ds_config import read_ds_config
+from lisa_dist.ds_config import fill_layer_gathers, read_ds_config
 from lisa_dist.kernels import dynamic_code
 from lisa_dist.loss.chunked import use_chunks
 from lisa_dist.loss.label_logits import add_label_logits
@@ -125,7 +125,8 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     workload = replace(workload, by_module=config.by_module, **frozen)
     run = FakeRun(model_config, workload)
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
-    stage = StageSettings.of(ds_config_of(ds_config, settings), run.hidden_size)
+    content = ds_config_of(ds_config, settings)
+    stage = StageSettings.of(content, run.hidden_size, fill_layer_gathers(content, run.largest_layer, run.hidden_size))
     by_rows = stage.reduces_rows(optim)
     groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded, by_rows)
     options = {"optim": optim, "master": config.lisa_master, "on_cpu": True, "plain": settings.get("plain", False)}
@@ -145,6 +146,7 @@ LISA_ADAMW = {"optim": "lisa_adamw"}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 MODULES = {"lisa_unit": "module", "lisa_budget": "8%"}
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
+BOUNDED = {"stage3_max_reuse_distance": 100_000, "stage3_max_live_parameters": 61_440}  # of two layers
 SHARING = {"zero_hpz_partition_size": 2}  # the ranks of a host have a copy of the weights between them
 SETTINGS = [
     ("zero1", 1, torch.bfloat16, {}),
@@ -156,6 +158,7 @@ SETTINGS = [
     ("zero3", 2, torch.bfloat16, FROZEN),
     ("zero2", 1, torch.bfloat16, FROZEN | {"checkpointing": True}),
     full("zero3", 2, torch.bfloat16, {"tied": True, "checkpointing": True}),
+    ("zero3", 2, torch.bfloat16, {"checkpointing": True, "words": 8192, "zero": BOUNDED}),
     ("zero2", 2, torch.bfloat16, {"accumulation": 2}),
     ("zero2", 2, torch.bfloat16, {"lisa_offload": "embed,head"}),
     full("zero1", 1, torch.float32, LISA_ADAMW | {"words": 8192}),
