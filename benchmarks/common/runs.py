@@ -314,7 +314,7 @@ class Run:
         stage = StageSettings.of(
             read_ds_config(ds_config) if isinstance(ds_config, str) else ds_config, run.hidden_size
         )
-        by_rows = stage.reduces_rows(method.optim, method.kind)
+        by_rows = stage.reduces_rows(dist.get_world_size(), method.optim, method.kind)
         groups = run.groups(trained, method.optim, config.state_bits, config.offloaded, by_rows)
         if method.kind == "static":  # two groups in all, as `plain_engine` makes them
             params = [parameter for group in groups for parameter in group.params]

@@ -9,14 +9,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import distributed as dist
 from transformers import PreTrainedModel
@@ -26,7 +27,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from lisa_dist.checkpoint.optimizer_states import copy_on_host
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.run_state import SavedBlocks
-from lisa_dist.distributed.collectives import together
+from lisa_dist.distributed.collectives import gather, sharing_errors, together
+from lisa_dist.distributed.health import first_ranks_of_hosts
+from lisa_dist.distributed.run_lock import run_id
 from lisa_dist.errors import UserError
 from lisa_dist.files import find_foreign_name, make_durable, replacing, set_mode_by_umask
 from lisa_dist.patches import patch
@@ -46,41 +49,70 @@ def write_weights(
     writes: bool,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
-    """Write every weight and persistent buffer into `folder`; all ranks call it, those with `writes` write.
+    """Write every weight and persistent buffer into `folder`; all ranks call it, one of them with `writes`.
 
-    The names are those of the files on the hub: transformers loads some models under others, as with fused experts.
-    A rank that writes needs memory for a shard of `max_shard_size` bytes. Raises SaveError on all when one cannot.
+    The first rank of each host that sees `folder` writes its shards at the same time as the others theirs, and needs
+    memory for one of `max_shard_size` bytes. The rank with `writes` adds the index. The names are those of the files on
+    the hub: transformers loads some models under others, as with fused experts. Raises SaveError on all ranks when one
+    cannot write.
     """
-    model = engine.module
+    model, rank = engine.module, dist.get_rank()
     drop_prefetched(engine)
-    shards = list(_fill_shards(model, blocks, max_shard_size))
+    shards = list(_fill_shards([tensors for _, tensors in named_parts(model, blocks)], max_shard_size))
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     with together(folder):
         if writes:  # an index of earlier shards must not stay next to new ones
             (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
-    file_by_name, nbytes = dict[str, str](), 0
-    for file_name, parts in zip(names, shards, strict=True):
-        shard: dict[str, torch.Tensor] = {}
-        for tensors in parts:
-            with deepspeed.zero.GatheredParameters(list(tensors.values())):
-                if writes:
-                    part = {name: copy_on_host(whole_weights(value)) for name, value in tensors.items()}
-                    shard |= rename(model, part)
+    writers = _find_writers(folder, writes)
+    file_by_name, nbytes = dict[str, str](), 0  # of what this rank writes
+    for begin in range(0, len(shards), len(writers)):
+        shard = dict[str, torch.Tensor]()
+        for writer, parts in zip(writers, shards[begin:], strict=False):
+            shard |= _gather_shard(model, parts, writer)
+        own_name = dict(zip(writers, names[begin:], strict=False)).get(rank, "")
         with together(folder):
-            if writes:
-                with replacing(folder / file_name) as path:
+            if own_name:
+                with replacing(folder / own_name) as path:
                     save_file(shard, path, metadata={"format": "pt"})
-        file_by_name |= dict.fromkeys(shard, file_name)
+        file_by_name |= dict.fromkeys(shard, own_name)
         nbytes += sum(value.nbytes for value in shard.values())
+    written = gather((file_by_name, nbytes))
     with together(folder):
         if writes:
             if len(shards) > 1:
                 with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as path:
-                    write_index(path, file_by_name, nbytes)
+                    places = {name: place for files, _ in written for name, place in files.items()}
+                    write_index(path, places, sum(nbytes for _, nbytes in written))
                 names = [*names, SAFE_WEIGHTS_INDEX_NAME]
             _remove_weights(folder, except_names=names)  # those of an earlier save
+
+
+def _gather_shard(
+    model: PreTrainedModel, parts: Iterable[dict[str, torch.Tensor]], writer: int
+) -> dict[str, torch.Tensor]:
+    """The parts as the rank that writes them has them on its host; nothing on the others."""
+    shard: dict[str, torch.Tensor] = {}
+    for tensors in parts:
+        with deepspeed.zero.GatheredParameters(list(tensors.values())):
+            if dist.get_rank() == writer:
+                part = {name: copy_on_host(whole_weights(value)) for name, value in tensors.items()}
+                shard |= rename(model, part)
+    return shard
+
+
+def _find_writers(folder: Path, writes: bool) -> list[int]:
+    """The first rank of each host that sees the folder of the rank with `writes`; of others the files would be lost."""
+    token = folder / f"tmp-writers-{gather(run_id())[0]}"
+    with together(folder):
+        if writes:
+            token.touch()
+    sees = gather(token.exists())
+    with together(folder):
+        if writes:
+            token.unlink()
+    return [rank for rank in first_ranks_of_hosts() if sees[rank]]
 
 
 def save_without_weights(save: Callable[[str], None], folder: Path) -> None:
@@ -108,23 +140,58 @@ def _remove_weights(folder: Path, except_names: Sequence[str] = ()) -> None:
 def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path, same_dtype: bool = True) -> None:
     """Fill the engine's model from what `write_weights` wrote; all ranks call it.
 
-    Raises ValueError, before anything is changed, when the files are of another model or precision.
+    The first rank of each host opens its share of the files, reads MAX_SHARD_SIZE bytes at the same time as the others
+    theirs, and sends them to all ranks. Raises ValueError on all ranks where one cannot read; and, before anything is
+    changed, when the files are of another model or precision.
     """
-    model = engine.module
+    model, rank = engine.module, dist.get_rank()
     drop_prefetched(engine)
-    file_by_name = _open_weights(folder)
+    names, readers = weight_files(folder), first_ranks_of_hosts()
+    with sharing_errors(OSError):
+        files = _open_weights(folder, names[readers.index(rank) :: len(readers)] if rank in readers else [])
+        described = _describe_tensors(files)
+    of_ranks = gather(described)
+    reader_of = {name: reader for reader, found in enumerate(of_ranks) for name in found}
     parts = [tensors for _, tensors in named_parts(model, blocks)]
     expected = {name: value for part in parts for name, value in part.items()}
-    _check_same_model(model, expected, file_by_name, folder, same_dtype)
-    for tensors in parts:
-        with deepspeed.zero.GatheredParameters(list(tensors.values()), modifier_rank=0), torch.no_grad():
-            for name, value in tensors.items():
-                # What ZeRO-3 has gathered goes from rank 0 to all; anything else every rank reads for itself.
-                if (quantized := original_of(value)) is not None:
-                    quantized.load(file_by_name[name].get_tensor(name))
-                elif dist.get_rank() == 0 or not is_partitioned(value):
-                    value.copy_(file_by_name[name].get_tensor(name))
+    saved = {name: about for found in of_ranks for name, about in found.items()}
+    _check_same_model(model, expected, saved, folder, same_dtype)
+    for shard_of in _deal_out(parts, reader_of, readers):
+        with sharing_errors(OSError):
+            own_names = [name for tensors in shard_of.get(rank, []) for name in tensors]
+            read = {name: files[name].get_tensor(name).clone() for name in own_names}  # else it is mapped alone
+        for reader, shard in shard_of.items():
+            for tensors in shard:
+                _send(tensors, reader, read)
     dist.barrier()  # one rank of a host has written the originals of frozen layers, and the others read them
+
+
+def _deal_out(
+    parts: list[dict[str, torch.Tensor]], reader_of: Mapping[str, int], readers: Sequence[int]
+) -> Iterator[dict[int, list[dict[str, torch.Tensor]]]]:
+    """What the readers read at the same time, by their ranks: of each the next MAX_SHARD_SIZE bytes of its files."""
+    shards = []
+    for reader in readers:
+        own = [{name: value for name, value in part.items() if reader_of[name] == reader} for part in parts]
+        shards.append(_fill_shards(filter(None, own), MAX_SHARD_SIZE))
+    for at_once in zip_longest(*shards, fillvalue=[]):
+        yield dict(zip(readers, at_once, strict=True))
+
+
+def _send(tensors: dict[str, torch.Tensor], sender: int, read: dict[str, torch.Tensor]) -> None:
+    """Fill tensors of the model on all ranks with what the sender has read, which it lets go of."""
+    with deepspeed.zero.GatheredParameters(list(tensors.values()), modifier_rank=sender), torch.no_grad():
+        for name, value in tensors.items():
+            quantized = original_of(value)
+            whole = value.detach()
+            if quantized is not None:
+                whole = torch.empty_like(quantized.original, device=value.device)
+            if dist.get_rank() == sender:
+                whole.copy_(read.pop(name))
+            if not is_partitioned(value):  # else DeepSpeed sends it
+                dist.broadcast(whole, sender)
+            if quantized is not None:
+                quantized.load(whole)
 
 
 def write_index(path: Path, file_by_name: dict[str, str], nbytes: int) -> None:
@@ -146,12 +213,12 @@ def named_parts(model: torch.nn.Module, blocks: Blocks) -> list[tuple[str, dict[
 
 
 def _fill_shards(
-    model: torch.nn.Module, blocks: Blocks, max_shard_size: int
+    parts: Iterable[dict[str, torch.Tensor]], max_shard_size: int
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
     """The parts in order, as many to a shard as fit."""
     shard: list[dict[str, torch.Tensor]] = []
     filled = 0
-    for _, tensors in named_parts(model, blocks):
+    for tensors in parts:
         size = _nbytes(tensors)
         if shard and filled + size > max_shard_size:
             yield shard
@@ -188,31 +255,41 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _open_weights(folder: Path) -> dict[str, safe_open]:
-    """The file that each tensor is in, by the tensor's name."""
-    files = [safe_open(folder / name, framework="pt") for name in weight_files(folder)]
-    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no dict
+def _open_weights(folder: Path, names: Iterable[str]) -> dict[str, safe_open]:
+    """The file that each tensor is in, by the tensor's name. Raises UserError for one that is damaged."""
+    files: dict[str, safe_open] = {}
+    for path in (folder / name for name in names):
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}); use a whole copy of it.") from error
+        files |= dict.fromkeys(file.keys(), file)
+    return files
+
+
+def _describe_tensors(files: Mapping[str, safe_open]) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype of each tensor, as the files have them."""
+    slices = {name: file.get_slice(name) for name, file in files.items()}
+    return {name: (one.get_shape(), one.get_dtype()) for name, one in slices.items()}
 
 
 def _check_same_model(
     model: torch.nn.Module,
     expected: dict[str, torch.Tensor],
-    file_by_name: dict[str, safe_open],
+    saved: Mapping[str, tuple[list[int], str]],
     folder: Path,
     same_dtype: bool,
 ) -> None:
     other = []
-    for name in expected.keys() & file_by_name.keys():
-        saved, value = file_by_name[name].get_slice(name), expected[name]
-        shape, dtype = saved.get_shape(), value.dtype
-        if same_dtype:
-            dtype = _DTYPE_NAMES.get(saved.get_dtype(), dtype)
+    for name in expected.keys() & saved.keys():
+        (shape, dtype_name), value = saved[name], expected[name]
+        dtype = _DTYPE_NAMES.get(dtype_name, value.dtype) if same_dtype else value.dtype
         if (tuple(shape), dtype) != (parameter_shape(value), value.dtype):
             other.append(f"{name} is {dtype} {shape}, not {value.dtype} {list(parameter_shape(value))}")
     known = expected.keys() | model.state_dict().keys()  # a tied matrix may be in the files under its second name too
     differences = {
-        "parameters of the model are not in it": expected.keys() - file_by_name.keys(),
-        "of its tensors are not in the model": file_by_name.keys() - known,
+        "parameters of the model are not in it": expected.keys() - saved.keys(),
+        "of its tensors are not in the model": saved.keys() - known,
         "have another shape or precision": other,
     }
     said = "; ".join(f"{len(names)} {what}, such as {min(names)}" for what, names in differences.items() if names)

@@ -80,7 +80,7 @@ class FrozenWeight:
             forward.remove()
 
     def load(self, value: torch.Tensor) -> None:
-        """Another original: a saved model's, which every rank reads for itself."""
+        """Another original, which all ranks are given: a saved model's."""
         value = value.to(self.original.dtype)
         self._layers.store.write(self._name, value)
         self._encode(value.to(self._layers.device))

@@ -32,6 +32,14 @@ def ranks_of_hosts() -> list[int]:
     return [len(list(ranks)) for _, ranks in groupby(gather(host_name()))]
 
 
+def first_ranks_of_hosts() -> list[int]:
+    """The first rank of each host, in the order of ranks. All ranks call it."""
+    first: dict[str, int] = {}
+    for rank, host in enumerate(gather(host_name())):
+        first.setdefault(host, rank)
+    return list(first.values())
+
+
 def version_of(package: str) -> str:
     """The installed version of a package, or that there is none."""
     try:

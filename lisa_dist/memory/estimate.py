@@ -92,7 +92,7 @@ class StepEstimate:
     ) -> tuple[MemoryParts, dict[str, int]]:
         """Parts of device and host of a step that trains these blocks, for None all that is trainable."""
         run, config = self.run(workload), self.config
-        by_rows = settings.reduces_rows(self.optim, self.method)
+        by_rows = settings.reduces_rows(self.world_size, self.optim, self.method)
         return StepPlan(
             run,
             run.groups(trained, self.optim, config.state_bits, config.offloaded, by_rows),

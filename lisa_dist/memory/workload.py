@@ -12,6 +12,7 @@ from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.sampling import SampledBlock, fill
 from lisa_dist.core.selection import unit_budget
 from lisa_dist.optim.build import LISA_ADAMW
+from lisa_dist.zero.embedding_rows import exchanges_rows
 
 # How a step computes its loss.
 CHUNKED, LOGITS, LIGER, OWN, SCORE, RATIO = "chunked", "logits", "liger", "own", "score", "ratio"
@@ -137,9 +138,9 @@ class StageSettings:
             max_reuse_distance=elements("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE, _MAX_REUSE_DISTANCE),
         )
 
-    def reduces_rows(self, optim: str, method: str = "lisa") -> bool:
+    def reduces_rows(self, world_size: int, optim: str, method: str = "lisa") -> bool:
         """Whether the gradient of an embedding is of the rows that occur (`zero/embedding_rows.py`)."""
-        fits = self.stage < 3 and not self.offload_optimizer and self.plain_sums
+        fits = self.stage < 3 and not self.offload_optimizer and self.plain_sums and exchanges_rows(world_size)
         return method == "lisa" and optim == LISA_ADAMW and fits
 
 

@@ -9,7 +9,8 @@ parameter has no gradient, and DeepSpeed's reduction knows nothing of it:
                     are in, which add them up (all_to_all)
     step            RowGradient, laid out a chunk at a time                  min(W n, rows of the piece) D elements kept
 
-Only where the embedding is a matrix of its own group, looked up by a plain `nn.Embedding` and tied to nothing.
+Only where the embedding is a matrix of its own group, looked up by a plain `nn.Embedding` and tied to nothing; and on
+at most MAX_RANKS ranks, since each sends to all others, W - 1 messages of about n / W rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,13 @@ from torch.nn import functional
 from lisa_dist.optim.row_gradient import RowGradient
 from lisa_dist.optim.states import Piece
 from lisa_dist.zero.stages import Stage
+
+MAX_RANKS = 64
+
+
+def exchanges_rows(world_size: int) -> bool:
+    """Whether so many ranks send each other rows; more have DeepSpeed reduce the whole gradient, as plans count it."""
+    return world_size <= MAX_RANKS
 
 
 def embedding_of(model: nn.Module, parameter: nn.Parameter) -> nn.Embedding | None:

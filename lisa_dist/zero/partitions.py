@@ -15,7 +15,7 @@ from lisa_dist.optim.moments import form_of_moments, restore_state
 from lisa_dist.optim.states import CopyStream, Fields, PartitionKey, PartitionState, Piece
 from lisa_dist.zero import embedding_rows, parameters
 from lisa_dist.zero.cpu_ops import count_host_adam, host_adam_history, replay_host_adam
-from lisa_dist.zero.embedding_rows import embedding_of, reduces_plainly
+from lisa_dist.zero.embedding_rows import embedding_of, exchanges_rows, reduces_plainly
 from lisa_dist.zero.layout import GroupLayouts, matrices_of_group, partition_numel, pieces_of_group
 from lisa_dist.zero.overrides import override_optimizer, override_stage_3
 from lisa_dist.zero.rebuild import CARRIED_FIELDS, let_go_of_model, put_back, rebuild
@@ -248,13 +248,13 @@ class ZeroPartitions:
     def _of_rows(self, keys: list[PartitionKey]) -> tuple[int, list[Piece | None]] | None:
         """The group of an embedding whose gradient is of rows, and each rank's piece; None where a rank has nothing."""
         by_rows = isinstance(self.optimizer, LisaAdamW) and "get_flat_partition" not in left_out
-        if not (by_rows and reduces_plainly(self._zero, self._stage)):
+        stage, world_size, alignment = self._cuts
+        if not (by_rows and exchanges_rows(world_size) and reduces_plainly(self._zero, self._stage)):
             return None
         for index, (key, params) in enumerate(zip(keys, self._stage.groups(self._zero), strict=True)):
             if len(key) != 1 or index in host_groups(self._zero) or sum(map(bool, keys)) == 1:
                 continue  # another parameter's gradient is what begins the end of a backward pass
             if embedding_of(self.engine.module, params[0]) is not None:
-                stage, world_size, alignment = self._cuts
                 size, ranks = [(key[0], params[0].numel())], range(world_size)
                 of_ranks = [pieces_of_group(size, stage, rank, world_size, alignment) for rank in ranks]
                 return index, [next(iter(pieces), None) for pieces in of_ranks]

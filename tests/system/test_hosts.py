@@ -131,6 +131,19 @@ def test_two_hosts_compute_what_one_does(hosts, folder, on_one_host, tmp_path):
     assert [host.shared_memory() for host in hosts] == [[], []]
 
 
+def test_ranks_do_not_meet_where_gloo_takes_the_interface_of_the_host_s_name(hosts, folder, tmp_path):
+    """Which is what it does where the variable is empty: the run of the test before goes on because it is set."""
+    assert [host.run("getent", "hosts", host.name).split() for host in hosts] == [
+        ["127.0.1.1", one] for one in ADDRESSES
+    ]
+    flags = flags_for(folder, tmp_path / "out", **CHANGES, ddp_timeout=10)
+    launchers = start_torchrun(hosts, flags, tmp_path, GLOO_SOCKET_IFNAME="")
+    assert comes(lambda: launchers[1].poll() is not None)  # the other rank waits for this one
+    assert launchers[1].returncode != 0
+    assert "Connection refused, remote=[127.0.1.1]" in said(tmp_path)
+    assert not (tmp_path / "out" / "trainer_state.json").exists()
+
+
 def test_both_hosts_end_when_the_cable_is_cut(hosts, folder, tmp_path):
     """Under deepspeed, whose launcher has lost the host too."""
     changes = {"max_steps": 100_000, "eval_strategy": "no", "learning_rate": 1e-6, "hang_timeout": HANG_TIMEOUT}

@@ -1,7 +1,12 @@
 """Saved models load with plain `from_pretrained`, bit for bit, whatever the stage, the shards and the names."""
 
+import errno
 import json
+import os
+import re
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,12 +20,16 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 import lisa_dist
+from lisa_dist.checkpoint import weights
 from lisa_dist.checkpoint.export import export_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import (
     _check_same_model,
+    _describe_tensors,
     _fill_shards,
     _open_weights,
+    named_parts,
+    read_weights,
     save_without_weights,
     write_weights,
 )
@@ -86,9 +95,13 @@ def test_from_pretrained_loads_what_was_trained(tmp_path, ds_config, build, dtyp
 def test_shards_are_filled_to_the_last_byte():
     model = tiny_llama()
     limit = 2 * sum(value.nbytes for value in model.model.layers[0].parameters())
-    shards = _fill_shards(model, find_blocks(model), limit)
+    shards = _fill_shards([tensors for _, tensors in named_parts(model, find_blocks(model))], limit)
     sizes = [sum(value.nbytes for tensors in parts for value in tensors.values()) for parts in shards]
     assert sizes[1:-1] == [limit, limit], "behind the embedding and one layer, before one layer and the head"
+
+
+def described(path: Path) -> dict:
+    return _describe_tensors(_open_weights(path.parent, [path.name]))
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
@@ -97,10 +110,10 @@ def test_weights_of_another_model_are_refused(tmp_path):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     assert weights.keys() - parameters.keys() == {"lm_head.weight"}, "the second name of the tied matrix"
     save_file(weights, path)
-    _check_same_model(model, parameters, _open_weights(tmp_path), tmp_path, same_dtype=True)
+    _check_same_model(model, parameters, described(path), tmp_path, same_dtype=True)
     save_file(weights | {"model.more.weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"1 of its tensors are not in the model, such as model\.more\.weight"):
-        _check_same_model(model, parameters, _open_weights(tmp_path), tmp_path, same_dtype=True)
+        _check_same_model(model, parameters, described(path), tmp_path, same_dtype=True)
 
 
 def test_an_export_is_refused_where_it_cannot_be_right(tmp_path, capsys):
@@ -119,3 +132,82 @@ def test_an_export_is_refused_where_it_cannot_be_right(tmp_path, capsys):
         export_main(str(tmp_path / "checkpoint-4"), str(tmp_path / "out"))
     assert "lisa-dist export: " in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def write_and_read(ds_config: str, written: str, on_a_host: int, fault: str | None = None) -> dict:
+    """Which files of weights this rank has written and opened, with their bytes; what is read, or the error."""
+    rank, folder, used = dist.get_rank(), Path(written), {"wrote": {}, "opened": {}}
+    folder = folder / "elsewhere" if fault == "other disk" and rank >= 2 else folder
+
+    def write(tensors, path, **options):
+        if fault == "full disk" and rank == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, **options)
+        used["wrote"][path.name.removeprefix("tmp-")] = path.stat().st_size
+
+    def opened(path, **options):
+        used["opened"][path.name] = path.stat().st_size
+        return safe_open(path, **options)
+
+    models = [tiny_llama(seed=seed).to(torch.bfloat16) for seed in (0, 9)]
+    models[0].register_buffer("counts", torch.arange(3))
+    models[1].register_buffer("counts", torch.zeros(3, dtype=torch.long))
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, SLURMD_NODENAME=f"host{rank // on_a_host}"))
+        stack.enter_context(patch.multiple(weights, save_file=write, safe_open=opened))
+        engines = [lisa_dist.initialize(model, ds_config, lr=1e-2) for model in models]
+        try:
+            write_weights(engines[0][0], engines[0][1].blocks, folder, rank == 0, 50_000)
+            if fault == "torn file" and rank == 0:
+                os.truncate(sorted(folder.glob("*.safetensors"))[1], 9_000)
+            dist.barrier()
+            read_weights(engines[1][0], engines[1][1].blocks, folder)
+        except ValueError as error:
+            used["error"] = str(error).replace(str(folder), "")
+    weights_of = [full_weights(engine) | dict(engine.module.named_buffers()) for engine, _ in engines]
+    used["same"] = all(torch.equal(value, weights_of[1][name]) for name, value in weights_of[0].items())
+    for engine, _ in engines:
+        engine.destroy()
+    return used
+
+
+@pytest.mark.parametrize("ds_config", ["zero3", full("zero2")])
+def test_each_host_writes_and_reads_its_share_of_the_files(tmp_path, ds_config):
+    """As many bytes as of one host, in the same files."""
+    folders = {on_a_host: tmp_path / str(on_a_host) for on_a_host in (2, 4)}
+    used = {}
+    for on_a_host, folder in folders.items():
+        folder.mkdir()
+        used[on_a_host] = run_ranks(write_and_read, 4, ds_config, str(folder), on_a_host)
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders.values()]
+    assert files[0] == files[1]
+    shards = sorted(name for name in files[0] if name.endswith(".safetensors"))
+    assert len(shards) > 4
+    for on_a_host, ranks in used.items():
+        assert all(one["same"] for one in ranks)
+        for what in ("wrote", "opened"):
+            hosts = 4 // on_a_host
+            for rank, one in enumerate(ranks):
+                own = shards[rank // on_a_host :: hosts] if rank % on_a_host == 0 else []
+                assert one[what] == {name: len(files[0][name]) for name in own}, (on_a_host, what, rank)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("full disk", r"could not be written \(rank 2: OSError: .*No space left on device\); .* choose another"),
+        ("other disk", r"is of another model than LlamaForCausalLM: \d+ parameters of the model are not in it"),
+        ("torn file", r"model-00002-of-\d+\.safetensors is damaged \(.*\); use a whole copy of it\."),
+    ],
+)
+def test_an_error_of_the_second_host_s_rank_is_raised_on_all(tmp_path, fault, said):
+    ranks = run_ranks(write_and_read, 4, "zero3", str(tmp_path), 2, fault)
+    assert [re.search(said, one["error"]) is not None for one in ranks] == [True] * 4
+    assert {one["error"] for one in ranks} == {ranks[0]["error"]}
+    assert "\n" not in ranks[0]["error"]
+    assert not any(one["same"] for one in ranks)
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists() is (fault != "full disk")
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+    assert named <= {path.name for path in tmp_path.iterdir()}, "another host's disk is none of the run's"
+    assert not list(tmp_path.glob("tmp-*"))

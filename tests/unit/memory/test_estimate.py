@@ -27,7 +27,7 @@ from lisa_dist.memory.plan import load_model_config
 from lisa_dist.memory.trace import FakeRun
 from lisa_dist.memory.workload import LOGITS, OWN, StageSettings, Trained, Workload
 from lisa_dist.optim import row_gradient
-from lisa_dist.zero import gradients
+from lisa_dist.zero import embedding_rows, gradients
 
 ROWS, LENGTH, PROMPT = 4, 64, 4
 
@@ -53,6 +53,7 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     of_lisa = {name: value for name, value in settings.items() if name.startswith("lisa_")}
     config = lisa_dist.LisaConfig(lisa_interval_steps=100, **of_lisa)
     chunk, gradients.NORM_CHUNK = gradients.NORM_CHUNK, settings.get("chunk", gradients.NORM_CHUNK)
+    most, embedding_rows.MAX_RANKS = embedding_rows.MAX_RANKS, settings.get("max_ranks", embedding_rows.MAX_RANKS)
     host = {"SLURMD_NODENAME": f"host{dist.get_rank() // 2}"}  # where ranks of a host are what counts
     with without(*(GRADIENT_NAMES if settings.get("plain") else ())), patch.dict(os.environ, host):
         engine, lisa = lisa_dist.initialize(
@@ -93,7 +94,7 @@ def measured_step(ds_config: str, dtype: torch.dtype, settings: dict) -> dict:
     parts = {name: value - (of_others if name in whole else 0) for name, value in meter.parts.to_dict().items()}
     found = {"parts": parts, "layers": lisa.active_layers, "blocks": lisa.active_blocks}
     engine.destroy()
-    gradients.NORM_CHUNK = chunk
+    gradients.NORM_CHUNK, embedding_rows.MAX_RANKS = chunk, most
     return found
 
 
@@ -127,7 +128,7 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
     content = ds_config_of(ds_config, settings)
     stage = StageSettings.of(content, run.hidden_size, fill_layer_gathers(content, run.largest_layer, run.hidden_size))
-    by_rows = stage.reduces_rows(optim)
+    by_rows = stage.reduces_rows(world_size, optim)
     groups = run.groups(Trained(layers, always_on, drawn), optim, config.state_bits, config.offloaded, by_rows)
     options = {"optim": optim, "master": config.lisa_master, "on_cpu": True, "plain": settings.get("plain", False)}
     options["accumulates"] = settings.get("accumulation", 1) > 1
@@ -166,6 +167,7 @@ SETTINGS = [
     full("zero2", 2, torch.bfloat16, LISA_ADAMW | {"lisa_offload": "embed", "words": 8192}),
     ("zero3", 2, torch.bfloat16, LISA_ADAMW | EIGHT_BITS | {"lisa_master": "bf16_sr", "words": 8192}),
     ("zero2", 2, torch.bfloat16, LISA_ADAMW | FACTORED | {"words": 8192}),
+    ("zero2", 2, torch.bfloat16, LISA_ADAMW | FACTORED | {"words": 8192, "max_ranks": 1}),
     full("zero2", 1, torch.bfloat16, LISA_ADAMW | FACTORED | {"words": 8192, "lisa_master": "bf16_sr"}),
     full("zero3", 4, torch.bfloat16, LISA_ADAMW | FACTORED | {"words": 8192} | DRAWN),
     ("zero3", 4, torch.bfloat16, LISA_ADAMW | {"zero": SHARING}),
@@ -215,6 +217,7 @@ SETTINGS = [
 @pytest.mark.parametrize(("ds_config", "world_size", "dtype", "settings"), SETTINGS)
 def test_a_plan_is_what_a_step_allocates(ds_config, world_size, dtype, settings, monkeypatch):
     monkeypatch.setattr(gradients, "NORM_CHUNK", settings.get("chunk", gradients.NORM_CHUNK))
+    monkeypatch.setattr(embedding_rows, "MAX_RANKS", settings.get("max_ranks", embedding_rows.MAX_RANKS))
     by_rank = run_ranks(measured_step, world_size, ds_config, dtype, settings)
     plans = planned_step(ds_config, world_size, dtype, settings, by_rank[0]["layers"], by_rank[0]["blocks"])
     for _ in range(3):

@@ -1,6 +1,7 @@
 """The gradient of an embedding by the rows that occur: what trains is what trains by whole gradients."""
 
 import functools
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ranks import run_ranks
 from torch import nn
 
 import lisa_dist
+from lisa_dist.zero import embedding_rows
 from lisa_dist.zero.embedding_rows import EmbeddingRows, embedding_of
 
 STEPS, INTERVAL = 7, 2
@@ -24,7 +26,8 @@ def train(ds_config: str, by_rows: bool, dtype: torch.dtype, settings: dict, opt
     settings = {"lisa_interval_steps": INTERVAL, "lisa_debug": True} | settings
     model = options.get("build", functools.partial(tiny_llama, vocab_size=131))().to(dtype)
     accumulation = options.get("accumulation", 1)
-    with without(*(() if by_rows else ROW_NAMES)):
+    most = options.get("max_ranks", embedding_rows.MAX_RANKS)
+    with without(*(() if by_rows else ROW_NAMES)), patch.object(embedding_rows, "MAX_RANKS", most):
         engine, lisa = lisa_dist.initialize(
             model,
             options.get("config", ds_config),
@@ -80,6 +83,20 @@ def test_rows_train_as_whole_gradients_do(ds_config, world_size, dtype, settings
         assert found["losses"] == pytest.approx(expected["losses"], abs=tolerance)
         for name, value in expected["weights"].items():
             torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=10 * tolerance, msg=name)
+
+
+@pytest.mark.usefixtures("cpu_ops")
+@pytest.mark.parametrize(("world_size", "dtype"), [(2, torch.bfloat16), full(4, torch.float32)])
+def test_on_more_ranks_than_exchange_rows_the_whole_gradient_is_reduced(world_size, dtype):
+    """To the bit on two ranks, to rounding on more."""
+    options = {"accumulation": 2}
+    whole = run_ranks(train, world_size, "zero2", True, dtype, {}, options | {"max_ranks": world_size - 1})[0]
+    by_rows = run_ranks(train, world_size, "zero2", True, dtype, {}, options | {"max_ranks": world_size})[0]
+    assert whole["whole"] > 0
+    assert not any(whole["by_rows"])
+    assert all(by_rows["by_rows"])
+    for name, value in by_rows["weights"].items():
+        torch.testing.assert_close(whole["weights"][name], value, rtol=0, atol=0 if world_size == 2 else 1e-4, msg=name)
 
 
 @pytest.mark.usefixtures("cpu_ops")
