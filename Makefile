@@ -52,9 +52,15 @@ PLUGINS := axolotl>=0.19,<0.22 ms-swift>=4.6,<4.7
 	$(@D)/bin/python -m pip install --quiet -e . '$(filter $*>=%,$(PLUGINS))'
 	touch $@
 
-test-plugins: $(VENV)/.ready .plugins/axolotl/.ready .plugins/ms-swift/.ready  ## the plugins in their programs: ten minutes
+.plugins/skypilot/.ready:  # reads its task alone
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet 'skypilot>=0.14,<0.15'
+	touch $@
+
+test-plugins: $(VENV)/.ready .plugins/axolotl/.ready .plugins/ms-swift/.ready .plugins/skypilot/.ready  ## the plugins in their programs: ten minutes
 	$(BUILD_OPS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest tests/plugins
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest tests/plugins \
+		tests/system/test_launchers.py::test_skypilot_reads_its_task
 
 # The oldest releases that pyproject.toml allows; the newest are those of .venv.
 .oldest/.ready: setup.py pyproject.toml
