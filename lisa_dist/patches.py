@@ -39,6 +39,8 @@ PATCHES = {
     "wanted, hooks at both. Remove when ZeRO's optimizers call step hooks, and the engine one before backward.",
     "tiles": "_forward_tile, _backward_tile and _addmm_fp32 of trl.kernels.chunked_logprob, in a trace: the first two "
     "are Triton's on a GPU. Upstream: wanted, kernels with meta implementations. Remove when they have those.",
+    "tiles_of_mlp": "forward of an MLP in a checkpointed layer: of a long row it would store the most that a step "
+    "does. Upstream: wanted, checkpoints of tiles. Remove when transformers can checkpoint an MLP by tiles.",
     "traced_fp8": "fp8_rows of lisa_dist.core.fp8_product, in a trace: a Triton kernel takes no fake tensors. "
     "Upstream: wanted here, an operator of our own. Remove when the kernel has a meta implementation.",
     "traced_liger": "what Liger replaced in transformers and torch, in a trace: Triton would take a null pointer. "

@@ -4,6 +4,8 @@ What a layer stores is computed again in the backward pass, which costs a forwar
 left. So it is done for a number of layers: the lowest ones, whose activations live longest.
 """
 
+import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.errors import UserError
+from lisa_dist.patches import patched
 from lisa_dist.text import parse_bytes
 
 AUTO = "auto"
+TILE = 16_384  # tokens of an MLP's tile: more make no matrix product faster
 
 
 def parse_checkpointed_layers(value: str | int | None) -> int | str | None:
@@ -76,6 +80,30 @@ def checkpoint_layers(model: Any, blocks: Blocks, count: int) -> None:
         let_backward_end(model)
     for number, layer in enumerate(layers if one_by_one else ()):
         layer.gradient_checkpointing = number < count
+
+
+def tile_mlps(model: Any, blocks: Blocks) -> contextlib.ExitStack:
+    """Have MLPs of checkpointed layers take long rows in tiles, each checkpointed again by itself, until it is closed.
+
+    What an MLP stores while its layer runs backward, several times its input, is then that of a tile. Mixtures count
+    the tokens of each expert over a whole row, and take it whole.
+    """
+    tiled = contextlib.ExitStack()
+    for layer in model.get_submodule(blocks.layers_path).children():
+        mlp: Any = getattr(layer, "mlp", None)
+        if mlp is not None and not hasattr(mlp, "experts") and isinstance(layer, GradientCheckpointingLayer):
+            forward = functools.partial(_forward_in_tiles, layer, mlp.forward)
+            tiled.enter_context(patched(mlp, "forward", forward, of="tiles_of_mlp"))
+    return tiled
+
+
+def _forward_in_tiles(layer: Any, forward: Callable[..., Any], rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """An MLP's of [rows, tokens, size]."""
+    is_stored = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
+    if args or kwargs or not is_stored or rows.ndim != 3 or rows.shape[1] <= TILE:
+        return forward(rows, *args, **kwargs)
+    tiles = rows.split(TILE, dim=1)
+    return torch.cat([torch.utils.checkpoint.checkpoint(forward, tile, use_reentrant=False) for tile in tiles], dim=1)
 
 
 def check_checkpointing(model: torch.nn.Module) -> None:

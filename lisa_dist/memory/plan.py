@@ -51,6 +51,7 @@ class PlanArguments:
     )
     seq_length: int = field(default=1024, metadata={"aliases": ["--max_length"], "help": "Tokens of an example."})
     sequence_parallel: int = field(default=1, metadata={"help": "GPUs that share each example, as in training."})
+    activation_offloading: bool = field(default=False, metadata={"help": "As in training."})
     micro_batch_size: int = field(
         default=1,
         metadata={"aliases": ["--per_device_train_batch_size"], "help": "Examples of a GPU in a forward pass."},
@@ -316,6 +317,7 @@ def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | Non
         "per_device_train_batch_size": arguments.micro_batch_size,
         "max_length": arguments.seq_length,
         "sequence_parallel": arguments.sequence_parallel if arguments.sequence_parallel > 1 else None,
+        "activation_offloading": arguments.activation_offloading or None,
         "optim": arguments.optim,
         "bf16": arguments.precision == "bf16",
     }

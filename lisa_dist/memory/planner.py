@@ -99,12 +99,16 @@ class Planner:
             loss=loss,
             triton=not self._estimate.on_cpu,
             padded=arguments.rows > 1,
+            activation_offloading=arguments.activation_offloading,
             sequence_parallel=arguments.sequence_parallel,
         )
         run, hidden_size = self._estimate.run(workload), self._config.get_text_config().hidden_size
         by_layers = arguments.method == "lisa" and fill_layer_gathers(content, run.largest_layer, hidden_size)
         settings = StageSettings.of(content, hidden_size, by_layers)
         parts, host = self._estimate.worst(settings, workload)
+        if arguments.activation_offloading:
+            kept, _ = self._estimate.worst(settings, replace(workload, activation_offloading=False))
+            host = host | {"activations": kept.activations - parts.activations}
         if arguments.has_reference:
             whole = sum(parameter.nbytes for parameter in run.model.parameters())
             share = -(-whole // arguments.gpus) if settings.stage == 3 else whole
@@ -379,8 +383,8 @@ def what_fits(plans: Sequence[Plan], arguments: PlanArguments) -> Plan:
     raise UserError(
         f"--gpu_memory {arguments.gpu_memory} on {arguments.gpus} GPU(s): nothing fits beside the {arguments.reserve} "
         f"of each that are kept for CUDA (--reserve). The closest: {listed}. More GPUs, a shorter --seq_length, "
-        "--lisa_state_bits embed=8,head=8, or --lisa_always_on rest (embed and head sampled as layers are; not with "
-        "--lisa_unit module) need less."
+        "--sequence_parallel (GPUs share each example), --activation_offloading, --lisa_state_bits embed=8,head=8, or "
+        "--lisa_always_on rest (embed and head sampled as layers are; not with --lisa_unit module) need less."
     )
 
 

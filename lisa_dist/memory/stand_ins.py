@@ -23,6 +23,7 @@ from lisa_dist.core.matrices import Matrix
 from lisa_dist.memory.workload import LIGER, OF_TRL, Workload
 from lisa_dist.patches import patched
 
+_IN_FLIGHT, _SMALL = 5, 1024  # of TRL's OffloadActivations: tensors, bytes
 _cross_entropy = torch.nn.functional.cross_entropy  # before Liger can have replaced it
 
 
@@ -42,6 +43,28 @@ def stand_ins(workload: Workload, quantized: Sequence[Matrix]) -> Iterator[None]
                 for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):  # the last is one product on a GPU
                     stack.enter_context(patched(chunked_logprob, name, lambda *args, **kwargs: None, of="tiles"))
             stack.enter_context(_chunks(workload.loss == LIGER))
+        yield
+
+
+@contextlib.contextmanager
+def offloaded_activations(workload: Workload, hidden_size: int) -> Iterator[None]:
+    """What TRL's `activation_offloading` leaves on the device: parameters, what is small, and the last few tensors.
+
+    Those before the last one are in one of their size, the same in every layer, as layers that repeat are not run.
+    """
+    last = [torch.empty(_IN_FLIGHT - 1, workload.tokens, hidden_size, dtype=workload.dtype), torch.empty(0)]
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, torch.nn.Parameter) or tensor.nbytes < _SMALL:
+            return tensor
+        last[1:] = [tensor]
+        return tensor.to("meta")
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        last.clear()
+        return torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from lisa_dist.config_rules import StateBits
-from lisa_dist.core.activation_checkpointing import checkpoint_layers
+from lisa_dist.core.activation_checkpointing import checkpoint_layers, tile_mlps
 from lisa_dist.core.blocks import find_blocks, split_into_modules, without_zero3_init
 from lisa_dist.core.matrices import Matrix, quantizable_matrices
 from lisa_dist.core.selection import split_by_decay, takes_bits
@@ -47,7 +47,7 @@ from lisa_dist.memory.repeated_layers import (
     segments_of,
     trained_kinds,
 )
-from lisa_dist.memory.stand_ins import TritonScores, stand_ins, without_liger
+from lisa_dist.memory.stand_ins import TritonScores, offloaded_activations, stand_ins, without_liger
 from lisa_dist.memory.trace_files import read_or_make
 from lisa_dist.memory.workload import LOGITS, OF_TRL, RATIO, SCORE, Group, Trained, Workload
 from lisa_dist.optim.build import default_state_bits
@@ -215,6 +215,7 @@ class FakeRun:
             self.model.tie_weights()
         self.blocks = find_blocks(self.model, layers_attribute)
         self._layers = list(self.model.get_submodule(self.blocks.layers_path).children())
+        self._tiles = tile_mlps(self.model, self.blocks)
         of_layers = quantizable_matrices(self.model, [layer.parameters for layer in self.blocks.layers])
         self.matrices = [list(matrices.values()) for matrices in of_layers]
         if workload.by_module:
@@ -410,8 +411,11 @@ class FakeRun:
             tracker.add([*self._run.parameters(), *self._run.buffers()], "model")
             model_bytes = tracker.now
             stack.enter_context(tracker)
-            outputs = self._run(**inputs)
-            loss = outputs.logits.sum() if self.workload.loss == SCORE else outputs.loss
+            with contextlib.ExitStack() as forward:
+                if self.workload.activation_offloading:
+                    forward.enter_context(offloaded_activations(self.workload, self.hidden_size))
+                outputs = self._run(**inputs)
+                loss = outputs.logits.sum() if self.workload.loss == SCORE else outputs.loss
             if self.workload.loss != RATIO:
                 del outputs
             mark(END_OF_FORWARD)

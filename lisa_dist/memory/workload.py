@@ -37,6 +37,7 @@ class Workload:
     frozen_bits: Form = 16  # of the matrices of frozen decoder layers
     streams: bool = False  # which are on the host
     by_module: bool = False  # linear modules are sampled in the place of layers
+    activation_offloading: bool = False  # what the forward pass stores goes to the host
     sequence_parallel: int = 1  # ranks that share each row, of which `seq_length` is a rank's part
 
     @property

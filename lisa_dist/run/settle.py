@@ -322,6 +322,7 @@ def _plan_arguments(config: RunConfig, loss: str, gpu_bytes: int | None, bounded
         reserve="0",
         seq_length=training.max_length,
         sequence_parallel=training.sequence_parallel,
+        activation_offloading=getattr(training, "activation_offloading", False),
         micro_batch_size=training.per_device_train_batch_size,
         method=config.run.method,
         task=config.run.task,

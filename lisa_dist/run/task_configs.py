@@ -137,6 +137,8 @@ class TrainingFlags(_Arguments):
         if not torch.cuda.is_available():
             self.use_cpu = True  # has Accelerate start gloo
             self.bf16 = bool(self.bf16)  # asked for, not by default: few CPUs multiply in bf16
+        if self.use_cpu and getattr(self, "activation_offloading", False):
+            raise UserError("--activation_offloading true: without a GPU all is on the host; leave it out.")
         if isinstance(self.report_to, str) and "," in self.report_to:
             self.report_to = [name.strip() for name in self.report_to.split(",")]
         trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []

@@ -32,6 +32,7 @@ class StepWorkload:
         self, args: TrainingArguments, compute_loss: Callable[..., Any], loss: str = CHUNKED, sequence_parallel: int = 1
     ):
         self._args, self._sequence_parallel = args, sequence_parallel
+        self._offloads = getattr(args, "activation_offloading", False) and args.device.type == "cuda"
         whose = getattr(compute_loss, "__module__", "").partition(".")[0]
         name = getattr(compute_loss, "__qualname__", "").removesuffix(".compute_loss")
         is_known = whose in ("transformers", "trl") and name in _OF_TRAINER and not args.label_smoothing_factor
@@ -55,6 +56,7 @@ class StepWorkload:
             labels=None if labels is None or self._loss != LOGITS else int((labels[:, is_whole:] != -100).sum()),
             triton=uses_triton(self._args.device),
             padded=padded,
+            activation_offloading=self._offloads,
             sequence_parallel=self._sequence_parallel,
         )
 

@@ -1,9 +1,13 @@
 """Gradient checkpointing by number of layers: which layers, and how few."""
 
+from collections import Counter
+
 import pytest
 import torch
-from models import tiny_llama, token_batches
+from models import SIZES, tiny_llama, token_batches
+from transformers import LlamaConfig
 
+from lisa_dist.core import activation_checkpointing
 from lisa_dist.core.activation_checkpointing import (
     Checkpointing,
     check_checkpointing,
@@ -13,8 +17,11 @@ from lisa_dist.core.activation_checkpointing import (
     number_of_layers,
     parse_budget,
     parse_checkpointed_layers,
+    tile_mlps,
 )
 from lisa_dist.core.blocks import find_blocks
+from lisa_dist.memory.trace import FakeRun
+from lisa_dist.memory.workload import Trained, Workload
 
 
 def test_values_of_the_flag():
@@ -122,3 +129,35 @@ def test_where_no_layer_is_checkpointed_no_other_module_is():
     assert model.tower.gradient_checkpointing
     checkpoint_layers(model, blocks, 0)
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def of_a_step(monkeypatch, tile: int) -> tuple[float, list[torch.Tensor], Counter, int]:
+    """Loss, gradients, and tokens that MLPs were given, of rows of 40; the peak that is planned of rows of 4,096."""
+    monkeypatch.setattr(activation_checkpointing, "TILE", tile)
+    rows, seen = torch.randint(2, 128, (2, 40), generator=torch.Generator().manual_seed(0)), Counter()
+    model = tiny_llama().train()
+    blocks = find_blocks(model)
+    checkpoint_layers(model, blocks, 4)
+    tiles = tile_mlps(model, blocks)
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda module, inputs, output: seen.update([output.shape[1]]))
+    loss = model(input_ids=rows, labels=rows).loss
+    loss.backward()
+    tiles.close()
+    assert "forward" not in vars(model.model.layers[0].mlp)
+    config = LlamaConfig(**SIZES | {"intermediate_size": 4096, "vocab_size": 128, "num_hidden_layers": 2})
+    wide = FakeRun(config, Workload(4096, checkpointed_layers=2))
+    arrivals = wide.trace(wide.groups(Trained((0, 1), ()))).arrivals
+    peak = max(arrival.peak_before for arrival in arrivals)
+    return loss.item(), [parameter.grad for parameter in model.parameters()], seen, peak
+
+
+def test_long_rows_go_through_the_mlps_of_checkpointed_layers_in_tiles(monkeypatch):
+    whole, gradients, seen, peak = of_a_step(monkeypatch, 4096)
+    tiled, of_tiles, seen_in_tiles, lower_peak = of_a_step(monkeypatch, 16)
+    assert whole == tiled
+    for one, other in zip(gradients, of_tiles, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-5)
+    assert seen == {40: 4 * 2 + 2}, "each checkpointed layer twice"
+    assert seen_in_tiles == {40: 2, 16: 4 * 3 * 2, 8: 4 * 2}, "each tile once more, but the last of a layer"
+    assert lower_peak < 0.6 * peak

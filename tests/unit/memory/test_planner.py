@@ -417,3 +417,21 @@ def test_a_task_s_reference_model_and_pairs_are_planned():
         PlanArguments("x", task="grpo")
     with pytest.raises(UserError, match="--precompute_ref_log_probs with --task orpo: it is for those with a ref"):
         PlanArguments("x", task="orpo", precompute_ref_log_probs=True)
+
+
+def test_ranks_that_share_rows_and_activations_on_the_host_are_planned():
+    config = LlamaConfig(num_hidden_layers=8)  # of 7B's width
+
+    def plan(**changes):
+        arguments = PlanArguments("llama", gpus=8, seq_length=32768, checkpointed_layers="all", loss="chunked")
+        return Planner(config, replace(arguments, **changes), lisa_dist.LisaConfig()).plan("zero3", 8, "chunked")
+
+    whole, shared, offloaded = plan(), plan(sequence_parallel=8), plan(sequence_parallel=8, activation_offloading=True)
+    of_a_layer = 32768 * 4096 * 2  # its input
+    assert whole.gpu.activations > 8 * of_a_layer
+    assert shared.gpu.activations == pytest.approx(whole.gpu.activations / 8, rel=0.01)
+    assert offloaded.host["activations"] + offloaded.gpu.activations == shared.gpu.activations
+    in_flight = 4 * of_a_layer / 8  # the fifth is small, of the loss
+    assert offloaded.host["activations"] == pytest.approx(shared.gpu.activations - in_flight, rel=0.1)
+    with pytest.raises(UserError, match="32 heads, 32 of keys"):
+        plan(gpus=24, sequence_parallel=24)
