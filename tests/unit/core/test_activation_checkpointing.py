@@ -132,7 +132,7 @@ def test_where_no_layer_is_checkpointed_no_other_module_is():
 
 
 def of_a_step(monkeypatch, tile: int) -> tuple[float, list[torch.Tensor], Counter, int]:
-    """Loss, gradients, and tokens that MLPs were given, of rows of 40; the peak that is planned of rows of 4,096."""
+    """Loss, gradients, and tokens that MLPs were given, of rows of 40; the planned peak of rows of 512."""
     monkeypatch.setattr(activation_checkpointing, "TILE", tile)
     rows, seen = torch.randint(2, 128, (2, 40), generator=torch.Generator().manual_seed(0)), Counter()
     model = tiny_llama().train()
@@ -145,8 +145,8 @@ def of_a_step(monkeypatch, tile: int) -> tuple[float, list[torch.Tensor], Counte
     loss.backward()
     tiles.close()
     assert "forward" not in vars(model.model.layers[0].mlp)
-    config = LlamaConfig(**SIZES | {"intermediate_size": 4096, "vocab_size": 128, "num_hidden_layers": 2})
-    wide = FakeRun(config, Workload(4096, checkpointed_layers=2))
+    config = LlamaConfig(**SIZES | {"intermediate_size": 16384, "vocab_size": 128, "num_hidden_layers": 2})
+    wide = FakeRun(config, Workload(512, checkpointed_layers=2))
     arrivals = wide.trace(wide.groups(Trained((0, 1), ()))).arrivals
     peak = max(arrival.peak_before for arrival in arrivals)
     return loss.item(), [parameter.grad for parameter in model.parameters()], seen, peak
