@@ -20,6 +20,7 @@ HUB_IDS = {
     "llama2-70b": "meta-llama/Llama-2-70b-hf",
     "llama3.1-8b": "meta-llama/Llama-3.1-8B",
     "llama3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama3.1-405b": "meta-llama/Llama-3.1-405B",
     "llama3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B",
     "llama3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
