@@ -163,14 +163,14 @@ def fill_secondary_partitions(config: dict, ranks_of_hosts: Sequence[int], has_r
         )
 
 
-def fill_layer_gathers(config: dict, largest_layer: int, hidden_size: int) -> bool:
+def fill_layer_gathers(config: dict, largest_layer: int | None, hidden_size: int) -> bool:
     """Whether ZeRO-3 is to gather a decoder layer at once, and if so have it prefetch one, and no more, ahead.
 
     So it is where two layers, of `largest_layer` elements, are no more than the parameters that the config lets be
-    whole, or 2e9. A ring of many ranks takes as long to begin for a matrix as for a layer.
+    whole, or 2e9; not where it is None. A ring of many ranks takes as long to begin for a matrix as for a layer.
     """
     zero = config.get("zero_optimization") or {}
-    if zero.get("stage") != 3 or 2 * largest_layer > zero.get(_LIVE, _MOST_LIVE):
+    if largest_layer is None or zero.get("stage") != 3 or 2 * largest_layer > zero.get(_LIVE, _MOST_LIVE):
         return False
     zero.setdefault(_LIVE, 2 * largest_layer)
     if zero.get(_PREFETCH, "auto") in ("auto", int(0.9 * hidden_size**2)):  # which the Trainer makes of "auto"

@@ -30,6 +30,8 @@ PATCHES = {
     "loss_type for logits of labels, kept. Remove when SFTConfig has one.",
     "liger_loss": "forward of a model with TRL's fused head: it would never call Liger's loss. Upstream: wanted, "
     "Liger's loss with the metrics of a fused head. Remove when SFTConfig takes both.",
+    "metrics_of_parts": "gather_for_metrics of an Accelerator, where ranks share rows: it would cut values of ranks to "
+    "a number of rows. Upstream: wanted, a gather of metrics by rank. Remove when TRL counts tokens by gather.",
     "no_compiler": "trl.kernels.chunked_logprob._TRITON_AVAILABLE: without a C compiler a step would end in an error. "
     "Upstream: wanted, a look for the compiler, or a variable. Remove when TRL has either.",
     "packed_mask": "transformers.masking_utils.find_packed_sequence_indices, in a trace: it reads values, and fake "

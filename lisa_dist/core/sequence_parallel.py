@@ -7,12 +7,16 @@ right where a rank's loss is its sum over the step's labels of all ranks, times 
 """
 
 import contextlib
+import functools
+import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PretrainedConfig, masking_utils
 from transformers.masking_utils import (
     and_masks,
@@ -29,20 +33,39 @@ from lisa_dist.zero.stage3 import forget_module_order
 
 NO_LABEL = -100
 _FULL, _WINDOWS = "full_attention", "sliding_attention"
-_PROBE_TOKENS = 16  # of each rank, in `SequenceParallel.misses`
+_PROBE_TOKENS = 16  # of each rank, in `SequenceParallel.share`
+_PACKED_BY_MASK = 16_384  # tokens of a row, whose mask takes 0.75 GiB with its copy in bf16
+# The attention of a module that is given parts of rows.
+_attention_of: weakref.WeakKeyDictionary[torch.nn.Module, "SharedAttention"] = weakref.WeakKeyDictionary()
+
+
+def check_groups(size: int, ranks: int) -> None:
+    """Raise UserError where the ranks are no groups of `size`."""
+    if ranks % size:
+        raise UserError(
+            f"--sequence_parallel {size}: groups of {size} ranks do not make {ranks}; give a number that divides the "
+            "ranks."
+        )
 
 
 def check_sequence_parallel(
-    size: int, ranks: int, config: PretrainedConfig, attention: str = "sdpa", task: str = SFT
+    size: int,
+    ranks: int,
+    config: PretrainedConfig,
+    attention: str = "sdpa",
+    task: str = SFT,
+    packed_tokens: int | None = None,
 ) -> None:
-    """Raise UserError where groups of `size` ranks cannot share the rows of a model with this config and attention."""
+    """Raise UserError where groups of `size` ranks cannot share the rows of a model with this config and attention.
+
+    `packed_tokens`: of the longest row, where several examples share one.
+    """
     if size == 1:
         return
     flag, text = f"--sequence_parallel {size}", config.get_text_config()
     if task != SFT:
         raise UserError(f"{flag} with --task {task}: TRL's trainer makes its batches of whole rows; leave it out.")
-    if ranks % size:
-        raise UserError(f"{flag}: groups of {size} ranks do not make {ranks}; give a number that divides the ranks.")
+    check_groups(size, ranks)
     if text is not config:
         raise UserError(f"{flag}: {config.model_type} reads more than text, which is no part of a row; leave it out.")
     if others := sorted({*(getattr(text, "layer_types", None) or [])} - {_FULL, _WINDOWS}):
@@ -59,6 +82,22 @@ def check_sequence_parallel(
         )
     if attention != "sdpa" and "flash" not in attention:
         raise UserError(f"{flag}: attention {attention} has a mask of all tokens; give sdpa or flash_attention_2.")
+    if attention == "sdpa" and (packed_tokens or 0) > _PACKED_BY_MASK:
+        raise UserError(
+            f"{flag}: the mask of packed rows of {packed_tokens} tokens has as many numbers as tokens squared; install "
+            "flash-attn, or give --packing false."
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = {str(one.get("rope_type")) for one in (rope, *rope.values()) if isinstance(one, dict)}
+    if found := sorted(kind for kind in kinds if kind == "longrope" or "dynamic" in kind):
+        raise UserError(
+            f"{flag}: rotary embeddings of type {found[0]} depend on the length of a row, of which a rank has a part; "
+            "leave it out."
+        )
+    if getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0):
+        raise UserError(
+            f"{flag}: the loss of {config.model_type}'s routers is of whole rows; give --router_aux_loss_coef 0."
+        )
 
 
 @contextlib.contextmanager
@@ -66,10 +105,12 @@ def probing(engine: Any) -> Iterator[Any]:
     """The model of an engine in evaluation mode and without gradients, to be asked before the first step."""
     training = engine.module.training
     engine.module.eval()
-    with torch.no_grad():
-        yield engine.module
-    engine.module.train(training)
-    forget_module_order(engine)
+    try:
+        with torch.no_grad():
+            yield engine.module
+    finally:
+        engine.module.train(training)
+        forget_module_order(engine)
 
 
 def shard(batch: dict[str, Any], size: int, place: int) -> dict[str, Any]:
@@ -84,7 +125,8 @@ def shard(batch: dict[str, Any], size: int, place: int) -> dict[str, Any]:
     mask = batch.get("attention_mask")
     if mask is not None and bool((mask.diff(dim=1) > 0).any()):
         raise UserError(f"sequence_parallel {size}: padding comes before tokens; pad rows at their end.")
-    whole = {"position_ids": torch.arange(tokens).expand(rows, tokens)} | batch
+    positions = torch.arange(tokens, device=batch["input_ids"].device).expand(rows, tokens)
+    whole = {"position_ids": positions} | batch
     if "labels" in batch:
         whole["labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=NO_LABEL)
         whole["shift_labels"] = whole["labels"]
@@ -108,6 +150,21 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.forward(ctx, gradients[0].contiguous(), ctx.group), None
 
 
+def _attend(own: Callable[..., Any], module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    """In the place of an implementation of attention, for all models of the process."""
+    shared = _attention_of.get(module)
+    if shared is None or not shared.is_on(module):
+        return own(module, query, key, value, mask, **kwargs)
+    return shared.attention(own, module, query, key, value, **kwargs)
+
+
+def _forget(reference: Any, shared: "SharedAttention") -> None:
+    model = reference()
+    for module in model.modules() if model is not None else ():
+        if _attention_of.get(module) is shared:
+            del _attention_of[module]
+
+
 class SharedAttention:
     """Attention over whole rows, in a model that is given parts of them in training mode, and rows in evaluation mode.
 
@@ -117,54 +174,58 @@ class SharedAttention:
     def __init__(self, size: int, group: Any = None):
         self.size, self._group = size, group
         self._name = ""  # of the implementation
-        self._modules: set[int] = set()
         self._undo = contextlib.ExitStack()
         self._is_probing = False
-        self._positions = torch.empty(0)  # of the whole rows of this forward pass
+        self._whole = WeakTensorKeyDictionary()  # positions of rows, by those of this rank's part
+        self._last = self._masked = torch.empty(0)  # those of the last forward pass; those that the masks are of
         self._masks: dict[int | None, torch.Tensor | None] = {}
         self._windows: set[int | None] = set()  # that attention was called with
 
     def attend(self, model: Any) -> None:
         """Have the model's attention see whole rows, from now until `close`."""
-        self._name = model.config._attn_implementation
-        self._modules = {id(module) for module in model.modules()}
-        self._own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[self._name]
-        ALL_ATTENTION_FUNCTIONS[self._name] = self._attention
-        self._undo.callback(ALL_ATTENTION_FUNCTIONS.__setitem__, self._name, self._own)
+        name = self._name = model.config._attn_implementation
+        known = inspect.signature(model.forward).parameters.values()
+        if not any(one.name == "position_ids" or one.kind is one.VAR_KEYWORD for one in known):
+            raise UserError(f"--sequence_parallel {self.size}: {type(model).__name__} takes no position_ids.")
+        if getattr(ALL_ATTENTION_FUNCTIONS[name], "func", None) is not _attend:
+            ALL_ATTENTION_FUNCTIONS[name] = functools.partial(_attend, ALL_ATTENTION_FUNCTIONS[name])
+        _attention_of.update(dict.fromkeys(model.modules(), self))
+        self._undo.callback(_forget, weakref.ref(model), self)
         self._undo.callback(model.register_forward_pre_hook(self._begin_pass, with_kwargs=True).remove)
 
     def close(self) -> None:
         """Give the model its own attention back."""
         self._undo.close()
 
+    def is_on(self, module: torch.nn.Module) -> bool:
+        """Whether a module is given parts of rows."""
+        return module.training or self._is_probing
+
     def _begin_pass(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Take the positions of whole rows; masks follow from them, as the model's own would be those of a part."""
-        if not (model.training or self._is_probing):
+        if not self.is_on(model):
             return None
         own = kwargs["position_ids"].contiguous()
         every = [torch.empty_like(own) for _ in range(self.size)]
         if self._group is not None:
             dist.all_gather(every, own, group=self._group)
-        self._positions = torch.cat(every, dim=1)
-        self._masks.clear()
-        return args, {name: one for name, one in kwargs.items() if name != "attention_mask"}
+        self._whole[own] = self._last = torch.cat(every, dim=1)  # for a layer to be computed again, whatever ran since
+        return args, {name: one for name, one in kwargs.items() if name != "attention_mask"} | {"position_ids": own}
 
-    def _attention(self, module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, of [rows, heads, tokens, size], over whole rows and this rank's share of the heads."""
-        if id(module) not in self._modules or not (module.training or self._is_probing):
-            return self._own(module, query, key, value, mask, *args, **kwargs)
+    def attention(self, own: Callable[..., Any], module: Any, query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
+        """The implementation `own`, of [rows, heads, tokens, size], over whole rows and this rank's share of heads."""
         if kwargs.get("s_aux") is not None or query.shape[1] % self.size:
             raise UserError(f"--sequence_parallel {self.size}: {type(module).__name__} has sinks, or other heads.")
-        kwargs["position_ids"] = self._positions
-        if self._is_probing:
-            kwargs["dropout"] = 0.0
+        given = kwargs.get("position_ids")
+        positions = self._last if given is None else self._whole.get(given, self._last)
         copies = max(1, self.size // key.shape[1])  # where there are fewer heads of keys than ranks
         key, value = (one.repeat_interleave(copies, dim=1) if copies > 1 else one for one in (key, value))
         query, key, value = (self._exchange(one) for one in (query, key, value))
         groups = getattr(module, "num_key_value_groups", None)
         if groups is not None:
             module.num_key_value_groups = query.shape[1] // key.shape[1]
-        output, _ = self._own(module, query, key, value, self._mask(kwargs.get("sliding_window")), *args, **kwargs)
+        mask = self._mask(positions, kwargs.get("sliding_window"))
+        output, _ = own(module, query, key, value, mask, **kwargs | {"position_ids": positions})
         if groups is not None:
             module.num_key_value_groups = groups
         return self._exchange(output), None
@@ -175,14 +236,16 @@ class SharedAttention:
         received: torch.Tensor = _AllToAll.apply(parts, self._group)
         return torch.cat(received.unbind(), dim=2)
 
-    def _mask(self, window: int | None) -> torch.Tensor | None:
+    def _mask(self, positions: torch.Tensor, window: int | None) -> torch.Tensor | None:
         """SDPA's for whole rows, once for all layers of a pass; flash-attn goes by positions and the window itself."""
         self._windows.add(window)
         if "sdpa" not in self._name:
             return None
+        if self._masked is not positions:
+            self._masked, self._masks = positions, {}
         if window not in self._masks:
-            rows, tokens = self._positions.shape
-            documents = masking_utils.find_packed_sequence_indices(self._positions)
+            rows, tokens = positions.shape
+            documents = masking_utils.find_packed_sequence_indices(positions)
             sees = sliding_window_causal_mask_function(window) if window else causal_mask_function
             if documents is not None:
                 sees = and_masks(sees, packed_sequence_mask_function(documents))
@@ -193,7 +256,7 @@ class SharedAttention:
                 mask_function=sees,
                 local_size=window,
                 allow_is_causal_skip=documents is None,
-                device=self._positions.device,
+                device=positions.device,
             )
         return self._masks[window]
 
@@ -214,11 +277,13 @@ class SequenceParallel(SharedAttention):
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch, by the function `shard`, with what makes a model's loss the mean of all labels.
 
-        That is `num_items_in_batch`, by which models of transformers divide; DeepSpeed takes the mean of all ranks.
+        That is `num_items_in_batch`, by which models of transformers divide, of this batch, or what the batch has of a
+        step of several. DeepSpeed takes the mean of all ranks.
         """
         part = shard(batch, self.size, self.place)
         if "labels" in batch:
-            part["num_items_in_batch"] = (batch["labels"][:, 1:] != NO_LABEL).sum() / self.size
+            labels = (batch["labels"][:, 1:] != NO_LABEL).sum()
+            part["num_items_in_batch"] = batch.get("num_items_in_batch", labels) / self.size
         return part
 
     def share(self, engine: Any) -> None:
@@ -243,8 +308,10 @@ class SequenceParallel(SharedAttention):
         alone = model(**part, use_cache=False).logits
         self._windows.clear()
         self._is_probing = True
-        shared = model(**part, use_cache=False).logits
-        self._is_probing = False
+        try:
+            shared = model(**part, use_cache=False).logits
+        finally:
+            self._is_probing = False
         differences = torch.stack([(one - whole[self.place]).float().abs().max() for one in (shared, alone)])
         dist.all_reduce(differences, dist.ReduceOp.MAX)
         moved, seen = differences.tolist()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.activation_checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.core.blocks import model_without_weights, why_not_trained
+from lisa_dist.core.sequence_parallel import check_groups
 from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import check_loss
@@ -98,6 +99,7 @@ class PlanArguments:
         for name in (*counts, "sequence_parallel"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: at least 1.")
+        check_groups(self.sequence_parallel, self.gpus)
         if self.precision not in DTYPES:
             raise UserError(f"--precision {self.precision}: unknown; choose bf16 or fp32.")
         if self.method not in METHODS:

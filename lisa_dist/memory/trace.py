@@ -52,6 +52,7 @@ from lisa_dist.memory.trace_files import read_or_make
 from lisa_dist.memory.workload import LOGITS, OF_TRL, RATIO, SCORE, Group, Trained, Workload
 from lisa_dist.optim.build import default_state_bits
 from lisa_dist.zero.embedding_rows import embedding_of
+from lisa_dist.zero.stage3 import largest_layer
 
 _EMBEDDING = "the backward pass comes to the embedding"
 
@@ -249,9 +250,9 @@ class FakeRun:
         self._has_loss.append(True)
 
     @property
-    def largest_layer(self) -> int:
-        """Elements of the largest decoder layer."""
-        return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in self._layers)
+    def largest_layer(self) -> int | None:
+        """Elements of the largest decoder layer, as `zero/stage3.py` has it."""
+        return largest_layer(self._layers)
 
     def with_workload(self, workload: Workload) -> "FakeRun":
         """The same model; of the workload what a model is not built by may be another."""

@@ -103,14 +103,17 @@ def settle(config: RunConfig, resume_from: str | bool | None) -> Settled:
     model_config = model_config_of(config)
     _set_what_flags_stand_for(config, model_config)
     training = config.training
+    packed = config.run.task == SFT and packs_documents(training)
     attention, reason = choose_attention(
         config.model.attn_implementation,
         half_precision=precision_of_arguments(training) != "fp32",
         config=model_config,
-        packed=config.run.task == SFT and packs_documents(training),
+        packed=packed,
         use_cpu=training.use_cpu,
     )
-    check_sequence_parallel(training.sequence_parallel, training.world_size, model_config, attention, config.run.task)
+    longest = training.max_length if packed else None
+    size, ranks = training.sequence_parallel, training.world_size
+    check_sequence_parallel(size, ranks, model_config, attention, config.run.task, longest)
     gpu_bytes = bytes_of_any_gpu(training.device)
     config, layers = settle_layers(config, model_config, resume_from, gpu_bytes)
     loss, why = choose_loss(config, model_config, gpu_bytes)

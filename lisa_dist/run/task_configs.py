@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 
+from lisa_dist.core.sequence_parallel import check_groups
 from lisa_dist.definitions import setting
 from lisa_dist.distributed.devices import check_accelerator, why_no_gpu
 from lisa_dist.ds_config import check_sections, find_ds_config, given_ds_config
@@ -121,12 +122,14 @@ class TrainingFlags(_Arguments):
         check_ranges(self)
         if getattr(self, "max_length", None) == -1:  # which TRL's null is on a command line
             vars(self)["max_length"] = None  # it would cut the last token off
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        check_groups(self.sequence_parallel, ranks)
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = accumulation_steps(
                 self.global_batch_size,
                 micro_batch_size=self.per_device_train_batch_size,
                 given=self.gradient_accumulation_steps,
-                world_size=int(os.environ.get("WORLD_SIZE", 1)) // self.sequence_parallel,
+                world_size=ranks // self.sequence_parallel,
             )
         if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
             self.deepspeed = find_ds_config(self.deepspeed)

@@ -55,8 +55,8 @@ def check_parallelism(args: TrainingArguments) -> None:
     for name in ("tp_size", "cp_size", "sp_size"):
         if (size := getattr(given, name, 1)) > 1:
             raise UserError(
-                f"parallelism_config has {name} = {size}: ranks share the model by ZeRO, and rows by sp_size of the "
-                "arguments' own; make it 1."
+                f"parallelism_config has {name} = {size}: ranks share the model by ZeRO alone; make it 1. Rows are "
+                "shared by --sequence_parallel, or by sp_size of the arguments' parallelism_config."
             )
 
 

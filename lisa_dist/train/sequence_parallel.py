@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch.utils.data import IterableDataset
 from transformers import DataCollator, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lisa_dist.core.sequence_parallel import SequenceParallel, check_sequence_parallel, shard
+from lisa_dist.core.sequence_parallel import SequenceParallel, check_groups, check_sequence_parallel, shard
 from lisa_dist.errors import UserError
+from lisa_dist.patches import patched
 from lisa_dist.train.resume import task_trainer_of
 
-# Arguments whose loss is not a sum over labels that parts of rows add up to, and their values without an effect.
+# Arguments by which a loss is no sum over labels, or ranks of a group take other rows, and what each must be.
 _OF_WHOLE_ROWS: dict[str, Any] = {
     "label_smoothing_factor": 0,
     "neftune_noise_alpha": None,
     "average_tokens_across_devices": True,
+    "train_sampling_strategy": "random",
 }
 
 if TYPE_CHECKING:
@@ -31,10 +33,15 @@ def take_sequence_parallel(args: Any) -> int:
     by themselves, not by their labels.
     """
     given = getattr(args, "parallelism_config", None)
-    size = getattr(args, "sequence_parallel", 1)
-    if given is not None and given.sp_size > 1:
-        size, args.parallelism_config = given.sp_size, None
-    return size
+    size: int = getattr(args, "sequence_parallel", 1)
+    if given is None or given.sp_size == 1:
+        return size
+    others = {name: getattr(given, name) for name in ("tp_size", "cp_size") if getattr(given, name) > 1}
+    if others or size not in (1, given.sp_size):
+        rule = f"sp_size {given.sp_size} beside {others or f'--sequence_parallel {size}'}: give sp_size alone"
+        raise UserError(f"parallelism_config: {rule}.")
+    args.sequence_parallel, args.parallelism_config = given.sp_size, None
+    return given.sp_size
 
 
 class _Collate:
@@ -61,10 +68,14 @@ class SequenceParallelMixin(_TrainerClass):
         super().__init__(*args, **kwargs)
         if size > 1:
             config = self.model.config
-            check_sequence_parallel(size, self.args.world_size, config, config._attn_implementation)
+            packed = getattr(self.args, "max_length", None) if getattr(self.args, "packing", False) else None
+            how = config._attn_implementation
+            check_sequence_parallel(size, self.args.world_size, config, how, packed_tokens=packed)
             if isinstance(self.train_dataset, IterableDataset):
                 rule = "rank 0 deals out a stream's rows, to each rank its own; give a dataset"
                 raise UserError(f"--sequence_parallel {size}: {rule}.")
+            if self.compute_loss_func is not None:
+                raise UserError(f"--sequence_parallel {size} with compute_loss_func: it would shift labels again.")
             self._sequence = SequenceParallel(size, self.args.device.type)
             collator: Any = self.data_collator
             if hasattr(collator, "pad_to_multiple_of"):
@@ -78,6 +89,13 @@ class SequenceParallelMixin(_TrainerClass):
         finally:
             if self._sequence is not None:
                 self._sequence.close()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's. Of metrics Accelerate would drop those of ranks that stand for rows given twice."""
+        if self._sequence is None:
+            return super().training_step(*args, **kwargs)
+        with patched(self.accelerator, "gather_for_metrics", self.accelerator.gather, of="metrics_of_parts"):
+            return super().training_step(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """The Trainer's; of training the ranks of a group have the same rows, each its part of them."""
@@ -117,6 +135,12 @@ def check_can_share(trainer_class: type, args: TrainingArguments, size: int) -> 
     flag = f"--sequence_parallel {size}"
     if (task := task_trainer_of(trainer_class)) is not None:
         raise UserError(f"{flag}: {task} makes its batches of whole rows; it is for supervised fine-tuning.")
+    check_groups(size, args.world_size)
+    loaders: Any = args.accelerator_config
+    if not loaders.use_seedable_sampler:
+        raise UserError(
+            f"{flag} with use_seedable_sampler False: ranks of a group would take other rows; make it True."
+        )
     for name, without in _OF_WHOLE_ROWS.items():
         if getattr(args, name) != without:
-            raise UserError(f"{flag} with --{name} {getattr(args, name)}: it is of whole rows; give one of the two.")
+            raise UserError(f"{flag} with --{name} {getattr(args, name)}: it is for whole rows; give one of the two.")

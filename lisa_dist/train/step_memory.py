@@ -46,14 +46,14 @@ class StepWorkload:
         """
         if self._loss is None:
             return None
-        is_whole = int(self._sequence_parallel == 1)  # else the labels are those of each token's next already
+        first = int(self._sequence_parallel == 1)  # else the labels are those of each token's next already
         return Workload(
             seq_length=tokens,
             micro_batch_size=rows,
             dtype=next(model.parameters()).dtype,
             attention="eager" if model.config._attn_implementation == "eager" else "sdpa",
             loss=self._loss,
-            labels=None if labels is None or self._loss != LOGITS else int((labels[:, is_whole:] != -100).sum()),
+            labels=None if labels is None or self._loss != LOGITS else int((labels[:, first:] != -100).sum()),
             triton=uses_triton(self._args.device),
             padded=padded,
             activation_offloading=self._offloads,

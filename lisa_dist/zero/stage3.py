@@ -17,6 +17,8 @@ from lisa_dist.zero.parameters import parameter_numel
 
 # The decoder layer of each module, of all models in the process.
 _layer_of: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
+# Decoder layers, of all models in the process.
+_gathered_at_once: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 # By coordinator: an order of modules, and what is let go of by module and place in it.
 _releases: weakref.WeakKeyDictionary[Any, tuple[Any, dict[tuple[int, int], set[int]]]] = weakref.WeakKeyDictionary()
 # DeepSpeed's own; a release without it is reported by `override`.
@@ -68,12 +70,25 @@ def keep_until_layer_is_done(module: torch.nn.Module, parameter: torch.nn.Parame
     keep_until_module_is_done(module if layer is None else layer, parameter)
 
 
+def largest_layer(layers: Iterable[torch.nn.Module]) -> int | None:
+    """Elements of the largest decoder layer; None where one has a part that is gathered at once by itself.
+
+    So DeepSpeed has it of mixtures, for experts that no token of a rank comes to.
+    """
+    layers = list(layers)
+    parts = [part for layer in layers for part in layer.modules() if part is not layer]
+    if any(hasattr(part, "experts") or z3_leaf_module(part) for part in parts):
+        return None
+    return max(sum(parameter_numel(parameter) for parameter in layer.parameters()) for layer in layers)
+
+
 def gather_by_layers(model: Any, layers: Sequence[torch.nn.Module], ds_config: dict[str, Any]) -> bool:
     """Before the engine is built: have it gather each decoder layer at once, if `fill_layer_gathers` says so."""
-    largest = max(sum(parameter_numel(parameter) for parameter in layer.parameters()) for layer in layers)
-    by_layers = fill_layer_gathers(ds_config, largest, model.config.get_text_config().hidden_size)
+    hidden_size = model.config.get_text_config().hidden_size
+    by_layers = fill_layer_gathers(ds_config, largest_layer(layers), hidden_size)
     for layer in layers:
         set_z3_leaf_module(layer, by_layers)
+        (_gathered_at_once.add if by_layers else _gathered_at_once.discard)(layer)
     return by_layers
 
 
@@ -84,7 +99,8 @@ def reduce_by_parameters(parameters: Iterable[torch.nn.Parameter]) -> None:
     below it all is frozen. It would reduce zeros, and never the gradients.
     """
     for parameter in parameters:
-        vars(parameter).pop("ds_z3_leaf_module", None)
+        if getattr(parameter, "ds_z3_leaf_module", None) in _gathered_at_once:
+            vars(parameter).pop("ds_z3_leaf_module")
 
 
 def what_to_release(coordinator: Any, module: Any, step: int) -> set[int]:

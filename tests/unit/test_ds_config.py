@@ -8,7 +8,14 @@ import pytest
 import torch
 from models import tiny_llama
 
-from lisa_dist.ds_config import check_ds_config, find_ds_config, load_ds_config, read_ds_config, shipped_ds_configs
+from lisa_dist.ds_config import (
+    check_ds_config,
+    fill_layer_gathers,
+    find_ds_config,
+    load_ds_config,
+    read_ds_config,
+    shipped_ds_configs,
+)
 
 SHIPPED = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_nvme", "zero3_offload"]
 
@@ -107,3 +114,23 @@ def test_what_lisa_cannot_run_under_is_refused(zero, others, said):
     with pytest.raises(ValueError, match="the DeepSpeed config has") as error:
         check_ds_config({"zero_optimization": stage | zero} | others)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("zero", "largest", "by_layers", "filled"),
+    [
+        ({"stage": 3}, 100, True, {"stage3_max_live_parameters": 200, "stage3_prefetch_bucket_size": 100}),
+        ({"stage": 3, "stage3_prefetch_bucket_size": "auto"}, 100, True, {"stage3_prefetch_bucket_size": 100}),
+        ({"stage": 3, "stage3_prefetch_bucket_size": 3686}, 100, True, {"stage3_prefetch_bucket_size": 100}),
+        ({"stage": 3, "stage3_prefetch_bucket_size": 7}, 100, True, {"stage3_prefetch_bucket_size": 7}),
+        ({"stage": 3, "stage3_max_live_parameters": 200}, 100, True, {"stage3_max_live_parameters": 200}),
+        ({"stage": 3, "stage3_max_live_parameters": 199}, 100, False, {"stage3_max_live_parameters": 199}),
+        ({"stage": 3}, 1_000_000_001, False, {}),
+        ({"stage": 3}, None, False, {}),
+        ({"stage": 2}, 100, False, {}),
+    ],
+)
+def test_a_layer_is_gathered_at_once_where_two_fit(zero, largest, by_layers, filled):
+    config = {"zero_optimization": zero}
+    assert fill_layer_gathers(config, largest, hidden_size=64) == by_layers
+    assert config["zero_optimization"].items() >= filled.items()

@@ -14,14 +14,24 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Phi3Config,
     Qwen3NextConfig,
 )
 
 import lisa_dist
-from lisa_dist.core.sequence_parallel import NO_LABEL, SequenceParallel, check_sequence_parallel, shard
+from lisa_dist.core import sequence_parallel
+from lisa_dist.core.sequence_parallel import (
+    NO_LABEL,
+    SequenceParallel,
+    SharedAttention,
+    check_sequence_parallel,
+    shard,
+)
 from lisa_dist.errors import UserError
 
 TOKENS, PROMPT, DOCUMENT = 32, 9, 13  # of a row; of these the first have no label, and make a document of their own
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 SHAPE = SIZES | {"vocab_size": 128, "num_hidden_layers": 2, "tie_word_embeddings": False}
 SHAPE_OF_GEMMA = SHAPE | {"head_dim": 16, "layer_types": ["full_attention", "sliding_attention"]}
 KINDS = {
@@ -138,6 +148,11 @@ def test_a_model_that_mixes_tokens_elsewhere_is_refused(name):
         (6, 6, LlamaConfig(hidden_size=96, num_attention_heads=12, num_key_value_heads=4), {}, "12 heads, 4 of keys"),
         (2, 2, Qwen3NextConfig(), {}, "type linear_attention"),
         (2, 2, Gemma3Config(), {}, "reads more than text"),
+        (16, 8, LlamaConfig(), {}, "groups of 16 ranks do not make 8"),
+        (2, 2, LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), {}, "of type dynamic depend on"),
+        (2, 2, Phi3Config(rope_parameters=LONG_ROPE), {}, "of type longrope depend on the length of a row"),
+        (2, 2, MixtralConfig(output_router_logits=True), {}, "give --router_aux_loss_coef 0"),
+        (2, 2, LlamaConfig(), {"packed_tokens": 32768}, "install flash-attn, or give --packing false"),
         (2, 2, LlamaConfig(), {"attention": "eager"}, "attention eager has a mask"),
         (2, 2, LlamaConfig(), {"attention": "flex_attention"}, "attention flex_attention has a mask"),
         (2, 2, LlamaConfig(), {"task": "dpo"}, "--task dpo: TRL's trainer makes its batches of whole rows"),
@@ -158,3 +173,45 @@ def test_what_cannot_share_rows_is_refused(size, ranks, config, how, said):
 def test_rows_that_have_no_equal_parts_are_refused(batch, said):
     with pytest.raises(UserError, match=said):
         shard(batch, 2, 0)
+
+
+def test_positions_are_where_the_rows_are():
+    part = shard({"input_ids": torch.ones(1, 4, dtype=torch.long, device="meta")}, 2, 1)
+    assert part["position_ids"].device.type == "meta"
+    assert shard({"input_ids": torch.ones(1, 4)}, 2, 1)["position_ids"].tolist() == [[2, 3]]
+
+
+def two_passes(size: int) -> float:
+    """The difference, in parts, of gradients of two batches that run forward before either runs backward."""
+    model = tiny_llama().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    first, second = batch_of(packed=True), batch_of(packed=False)
+    second["position_ids"] = torch.cat([torch.arange(5), torch.arange(TOKENS - 5)]).expand(2, TOKENS)
+    gradients = []
+    for sequence in (None, SequenceParallel(size, "cpu")):
+        if sequence is not None:
+            sequence.attend(model)
+        model.zero_grad()
+        batches = (first, second) if sequence is None else map(sequence.shard, (first, second))
+        sum(model(**batch, use_cache=False).loss for batch in batches).backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    sequence.close()
+    return max(((one - two).abs().max() / two.abs().max()).item() for one, two in zip(*gradients, strict=True))
+
+
+def test_a_layer_that_is_computed_again_has_the_positions_of_its_own_pass():
+    assert max(run_ranks(two_passes, 2, 2)) < 2e-6
+
+
+def test_models_share_rows_each_for_itself():
+    one, other, alone = tiny_llama(), tiny_llama(), tiny_llama()
+    attentions = SharedAttention(2), SharedAttention(2)
+    for model, attention in zip((one, other), attentions, strict=True):
+        attention.attend(model)
+    attentions[0].close()
+    of = sequence_parallel._attention_of
+    assert [of.get(model.model.layers[0].self_attn) for model in (one, other, alone)] == [None, attentions[1], None]
+    attentions[1].close()
+    assert of.get(other.model.layers[0].self_attn) is None

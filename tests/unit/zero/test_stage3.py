@@ -3,7 +3,8 @@
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from models import tiny_llama, token_batches
+from deepspeed.utils import set_z3_leaf_module
+from models import tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
 
 import lisa_dist
@@ -66,3 +67,16 @@ def whole_before_backward(passes: int) -> list[int]:
 def test_an_order_that_is_recorded_anew_is_not_followed_by_the_releases_of_the_old_one():
     plain, after_others = (run_ranks(whole_before_backward, 2, passes)[0] for passes in (0, 3))
     assert plain[0] < plain[1] == after_others[1]
+
+
+def test_layers_with_parts_that_are_gathered_by_themselves_are_not_gathered_at_once():
+    mixture, marked, plain = tiny_mixtral(), tiny_llama(), tiny_llama()
+    set_z3_leaf_module(marked.model.layers[0].mlp, True)
+    config = {"zero_optimization": {"stage": 3}}
+    found = [stage3.gather_by_layers(model, [*model.model.layers], config) for model in (mixture, marked, plain)]
+    assert found == [False, False, True]
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    for leaf, is_left in ((marked.model.layers[0].mlp, True), (plain.model.layers[0], False)):
+        parameter.ds_z3_leaf_module = leaf
+        stage3.reduce_by_parameters([parameter])
+        assert hasattr(parameter, "ds_z3_leaf_module") == is_left, "DeepSpeed reduces these together"

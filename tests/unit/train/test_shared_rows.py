@@ -1,7 +1,10 @@
 """--sequence_parallel in trainers: the run of whole rows, on every stage, with prompts, packing and accumulation."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,15 +15,17 @@ from engines import full_weights
 from models import VOCABULARY, tiny_llama, tiny_tokenizer
 from ranks import run_ranks
 from trainers import InOrder, cpu_arguments
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from lisa_dist import LisaConfig
 from lisa_dist.errors import UserError
+from lisa_dist.memory.plan import PlanArguments
 from lisa_dist.run.task_configs import LisaSFTConfig
 from lisa_dist.run.trainer import TRAINERS
 from lisa_dist.run_folder import MEMORY_NAME
-from lisa_dist.train.sequence_parallel import check_can_share
+from lisa_dist.train.sequence_parallel import check_can_share, take_sequence_parallel
 from lisa_dist.train.sft_trainer import BaselineTrainer, LisaTrainer
 
 STEPS, INTERVAL, SAVED, TOKENS = 6, 2, 3, 40  # three periods, and a checkpoint in the middle of the second
@@ -31,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("cpu_ops")
 def rows_of(kind: str) -> Dataset:
     """masked: rows with prompts of several lengths; packed: documents, to be packed; padded: prompts and answers."""
     generator, rows = torch.Generator().manual_seed(1), []
-    for number in range(64):
+    for number in range(27):  # an odd number, which a run goes through more than once
         length = TOKENS if kind == "masked" else 7 + 5 * (number % 5)
         ids = torch.randint(4, VOCABULARY, (length,), generator=generator).tolist()
         prompt = 0 if kind == "packed" else 5 + 3 * (number % 3)
@@ -119,7 +124,7 @@ def places_of(run: dict) -> list[float]:
 )
 def test_a_run_is_that_of_whole_rows(tmp_path, stage, kind, ranks, size):
     groups = ranks // size
-    whole = run_ranks(train, 1, str(tmp_path / "whole"), stage, kind, 1, 2 * groups)[0]
+    whole = run_ranks(train, groups, str(tmp_path / "whole"), stage, kind, 1, 2)[0]
     shared = run_ranks(train, ranks, str(tmp_path / "shared"), stage, kind, size, 2)[0]
     losses, norms, weights = differences(whole, shared)
     assert losses < 1e-5
@@ -148,9 +153,11 @@ def test_full_training_shares_rows_too(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor 0.1: it is of whole rows"),
-        ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha 5.0: it is of whole rows"),
-        ({"average_tokens_across_devices": False}, "--average_tokens_across_devices False: it is of whole rows"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor 0.1: it is for whole rows"),
+        ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha 5.0: it is for whole rows"),
+        ({"average_tokens_across_devices": False}, "--average_tokens_across_devices False: it is for whole rows"),
+        ({"train_sampling_strategy": "group_by_length"}, "--train_sampling_strategy group_by_length: it is for whole"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, "ranks of a group would take other rows"),
         ({"trainer": "dpo"}, "DPOTrainer makes its batches of whole rows"),
         ({"trainer": "grpo"}, "GRPOTrainer makes its batches of whole rows"),
         ({"trainer": "kto"}, "KTOTrainer makes its batches of whole rows"),
@@ -159,17 +166,48 @@ def test_full_training_shares_rows_too(tmp_path):
 )
 def test_what_has_a_loss_of_whole_rows_is_refused(tmp_path, changes, said):
     trainer_class = TRAINERS[changes.pop("trainer", "sft")][0]
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said), patch.object(TrainingArguments, "world_size", 2):
         check_can_share(trainer_class, cpu_arguments(str(tmp_path), **changes), 2)
 
 
-def refused_stream(folder: str) -> str:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sp_size": 2, "tp_size": 2}, "sp_size 2 beside {'tp_size': 2}"),
+        ({"sp_size": 2, "sequence_parallel": 4}, "sp_size 2 beside --sequence_parallel 4"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_refused(given, said):
+    size = given.pop("sequence_parallel", 1)
+    args = SimpleNamespace(sequence_parallel=size, parallelism_config=ParallelismConfig(**given))
+    with pytest.raises(UserError, match=re.escape(said)):
+        take_sequence_parallel(args)
+
+
+def test_arguments_serve_a_second_trainer():
+    args = SimpleNamespace(parallelism_config=ParallelismConfig(sp_size=2))
+    assert [take_sequence_parallel(args), take_sequence_parallel(args)] == [2, 2]
+
+
+def test_more_ranks_to_a_row_than_there_are_is_refused(tmp_path):
+    with pytest.raises(UserError, match="groups of 8 ranks do not make 1"):
+        LisaSFTConfig(output_dir=str(tmp_path), sequence_parallel=8, global_batch_size=4)
+    with pytest.raises(UserError, match="groups of 8 ranks do not make 2"):
+        PlanArguments("llama3.1-8b", gpus=2, sequence_parallel=8)
+
+
+def refused(folder: str, what: str) -> str:
     unset_hf_deepspeed_config()
     given = {"parallelism_config": ParallelismConfig(sp_size=2), "max_steps": 1}
+    own = {"train_dataset": IterableDataset.from_generator(list) if what == "stream" else rows_of("masked")}
+    own |= {"compute_loss_func": print} if what == "loss" else {}
     with pytest.raises(UserError) as raised:
-        InOrder(tiny_llama(), cpu_arguments(folder, **given), train_dataset=IterableDataset.from_generator(list))
+        InOrder(tiny_llama(), cpu_arguments(folder, **given), **own)
     return str(raised.value)
 
 
-def test_streams_are_refused(tmp_path):
-    assert "rank 0 deals out a stream's rows" in run_ranks(refused_stream, 2, str(tmp_path))[1]
+@pytest.mark.parametrize(
+    ("what", "said"), [("stream", "rank 0 deals out a stream's rows"), ("loss", "it would shift labels again")]
+)
+def test_streams_and_losses_of_ones_own_are_refused(tmp_path, what, said):
+    assert said in run_ranks(refused, 2, str(tmp_path), what)[1]
