@@ -99,7 +99,7 @@ def main() -> None:
     figures = {"assumed": {one: getattr(arguments, one) for one in ("tokens", "gamma", *assumed)}}
     figures |= {"rows": rows, "shown": shown}
     write_results(arguments.results, figures)
-    show("scaling", figures)
+    show("scaling_70b", figures)
 
 
 if __name__ == "__main__":
