@@ -224,7 +224,7 @@ class SharedAttention:
         groups = getattr(module, "num_key_value_groups", None)
         if groups is not None:
             module.num_key_value_groups = query.shape[1] // key.shape[1]
-        mask = self._mask(positions, kwargs.get("sliding_window"))
+        mask = self._mask(positions, kwargs.get("sliding_window"), query.dtype)
         output, _ = own(module, query, key, value, mask, **kwargs | {"position_ids": positions})
         if groups is not None:
             module.num_key_value_groups = groups
@@ -236,8 +236,11 @@ class SharedAttention:
         received: torch.Tensor = _AllToAll.apply(parts, self._group)
         return torch.cat(received.unbind(), dim=2)
 
-    def _mask(self, positions: torch.Tensor, window: int | None) -> torch.Tensor | None:
-        """SDPA's for whole rows, once for all layers of a pass; flash-attn goes by positions and the window itself."""
+    def _mask(self, positions: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """SDPA's for whole rows, once for all layers of a pass; flash-attn goes by positions and the window itself.
+
+        It is what is added to the scores: of a mask of booleans SDPA would make and keep that in each layer.
+        """
         self._windows.add(window)
         if "sdpa" not in self._name:
             return None
@@ -249,7 +252,7 @@ class SharedAttention:
             sees = sliding_window_causal_mask_function(window) if window else causal_mask_function
             if documents is not None:
                 sees = and_masks(sees, packed_sequence_mask_function(documents))
-            self._masks[window] = sdpa_mask(
+            mask = sdpa_mask(
                 rows,
                 tokens,
                 tokens,
@@ -258,6 +261,7 @@ class SharedAttention:
                 allow_is_causal_skip=documents is None,
                 device=positions.device,
             )
+            self._masks[window] = mask if mask is None else torch.where(mask, 0.0, -torch.inf).to(dtype)
         return self._masks[window]
 
 
