@@ -89,7 +89,7 @@ def main() -> None:
     assumed |= {"call": 8.4, "hop": 3.4, "hop_between": 9.6}  # microseconds
     units = "of a GPU: Tflop/s of bf16, part of them, GB/s of memory, of NVLink, of its adapter; us of a collective"
     for name, value in assumed.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=units)
+        parser.add_argument(f"--{name}", type=float, default=value, help=units)
     arguments = parser.parse_args()
     rows = []
     for name in MODELS:

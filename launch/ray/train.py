@@ -46,7 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, required=True, help="each on a GPU of its own")
     parser.add_argument("--cpu", action="store_true", help="on CPUs")
-    parser.add_argument("--max_failures", type=int, default=5, help="starts after the first one; a lost host is free")
+    parser.add_argument("--max_failures", type=int, default=5, help="starts after the first one")
     parser.add_argument("--output_dir", type=Path, required=True)
     ours, flags = parser.parse_known_args()
     output_dir = ours.output_dir.absolute()

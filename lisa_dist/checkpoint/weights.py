@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -108,7 +109,7 @@ def _find_writers(folder: Path, writes: bool) -> list[int]:
     with together(folder):
         if writes:
             token.touch()
-    sees = gather(token.exists())
+    sees = gather(os.path.exists(token))  # Path.exists raises where a host may not look
     with together(folder):
         if writes:
             token.unlink()
@@ -140,13 +141,13 @@ def _remove_weights(folder: Path, except_names: Sequence[str] = ()) -> None:
 def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path, same_dtype: bool = True) -> None:
     """Fill the engine's model from what `write_weights` wrote; all ranks call it.
 
-    The first rank of each host opens its share of the files, reads MAX_SHARD_SIZE bytes at the same time as the others
-    theirs, and sends them to all ranks. Raises ValueError on all ranks where one cannot read; and, before anything is
-    changed, when the files are of another model or precision.
+    The first rank of each host that sees rank 0's files opens its share, reads MAX_SHARD_SIZE bytes at the same time as
+    the others theirs, and sends them to all ranks. Raises ValueError on all ranks where one cannot read; and, before
+    anything is changed, when the files are of another model or precision.
     """
     model, rank = engine.module, dist.get_rank()
     drop_prefetched(engine)
-    names, readers = weight_files(folder), first_ranks_of_hosts()
+    readers, names = _find_readers(folder)
     with sharing_errors(OSError):
         files = _open_weights(folder, names[readers.index(rank) :: len(readers)] if rank in readers else [])
         described = _describe_tensors(files)
@@ -158,12 +159,24 @@ def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path
     _check_same_model(model, expected, saved, folder, same_dtype)
     for shard_of in _deal_out(parts, reader_of, readers):
         with sharing_errors(OSError):
-            own_names = [name for tensors in shard_of.get(rank, []) for name in tensors]
-            read = {name: files[name].get_tensor(name).clone() for name in own_names}  # else it is mapped alone
+            read = {name: files[name].get_tensor(name) for tensors in shard_of.get(rank, []) for name in tensors}
+            if len(readers) > 1:  # mapped tensors are read where they are copied: here all readers do so at once
+                read = {name: value.clone() for name, value in read.items()}
         for reader, shard in shard_of.items():
             for tensors in shard:
                 _send(tensors, reader, read)
     dist.barrier()  # one rank of a host has written the originals of frozen layers, and the others read them
+
+
+def _find_readers(folder: Path) -> tuple[list[int], list[str]]:
+    """The first rank of each host that sees the files of rank 0, not others under one path, and these files' names."""
+    readers, found = first_ranks_of_hosts(), list[tuple[str, int, int]]()
+    with sharing_errors(OSError), suppress(OSError, UserError) if dist.get_rank() else nullcontext():
+        for name in weight_files(folder) if dist.get_rank() in readers else []:
+            about = (folder / name).stat()
+            found.append((name, about.st_size, about.st_mtime_ns))
+    of_ranks = gather(found)
+    return [rank for rank in readers if of_ranks[rank] == of_ranks[0]], [name for name, *_ in of_ranks[0]]
 
 
 def _deal_out(
@@ -183,9 +196,7 @@ def _send(tensors: dict[str, torch.Tensor], sender: int, read: dict[str, torch.T
     with deepspeed.zero.GatheredParameters(list(tensors.values()), modifier_rank=sender), torch.no_grad():
         for name, value in tensors.items():
             quantized = original_of(value)
-            whole = value.detach()
-            if quantized is not None:
-                whole = torch.empty_like(quantized.original, device=value.device)
+            whole = value.detach() if quantized is None else torch.empty_like(quantized.original, device=value.device)
             if dist.get_rank() == sender:
                 whole.copy_(read.pop(name))
             if not is_partitioned(value):  # else DeepSpeed sends it

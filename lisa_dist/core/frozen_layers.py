@@ -80,7 +80,7 @@ class FrozenWeight:
             forward.remove()
 
     def load(self, value: torch.Tensor) -> None:
-        """Another original, which all ranks are given: a saved model's."""
+        """Replace the original by a saved model's weights; all ranks call it with the same value."""
         value = value.to(self.original.dtype)
         self._layers.store.write(self._name, value)
         self._encode(value.to(self._layers.device))

@@ -172,7 +172,8 @@ def test_every_command_of(page, folder, monkeypatch, capsys):
             script = ROOT / f"{words[2].replace('.', '/')}.py"
             common = [ROOT / "benchmarks" / "common" / name for name in ("results.py", "runs.py")]
             text = "".join(path.read_text() for path in (script, *common))
-            assert all(f'"{word}"' in text for word in words if word.startswith("--")), command
+            flags = [word for word in words if word.startswith("--")]
+            assert all(f'"{flag}"' in text or f'"{flag[2:]}": ' in text for flag in flags), command
         else:
             assert words[:2] == ["python", "-c"], f"{command}: nothing runs it"
             exec(words[2], {})

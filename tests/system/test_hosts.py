@@ -132,7 +132,7 @@ def test_two_hosts_compute_what_one_does(hosts, folder, on_one_host, tmp_path):
 
 
 def test_ranks_do_not_meet_where_gloo_takes_the_interface_of_the_host_s_name(hosts, folder, tmp_path):
-    """Which is what it does where the variable is empty: the run of the test before goes on because it is set."""
+    """gloo does so while GLOO_SOCKET_IFNAME is empty; the hosts of the test before meet because the run sets it."""
     assert [host.run("getent", "hosts", host.name).split() for host in hosts] == [
         ["127.0.1.1", one] for one in ADDRESSES
     ]

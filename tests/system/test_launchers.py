@@ -23,6 +23,9 @@ from torch.distributed.run import get_args_parser
 
 STEPS = 40
 JOB_SET = yaml.safe_load((ROOT / "launch" / "kubernetes" / "jobset.yaml").read_text())
+(NODE,) = JOB_SET["spec"]["replicatedJobs"]
+JOB = NODE["template"]["spec"]
+(CONTAINER,) = JOB["template"]["spec"]["containers"]
 SKY_TASK = ROOT / "launch" / "skypilot" / "train.yaml"
 SKY = Path(os.environ.get("LISA_DIST_PLUGINS") or ROOT / ".plugins") / "skypilot" / "bin" / "python"
 
@@ -108,14 +111,12 @@ def stopped_at(folder: Path) -> int:
 
 def start_pods(recipe: Path, folder: Path) -> list[subprocess.Popen]:
     """The two pods of the manifest, a rank each."""
-    (job,) = JOB_SET["spec"]["replicatedJobs"]
-    assert job["replicas"] == 2
-    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert NODE["replicas"] == 2
     values = {"RECIPE": recipe, "OUTPUT_DIR": folder / "out", "GPUS_PER_NODE": 1, "OMP_NUM_THREADS": 1}
     values |= {"NODES": 2, "MASTER_ADDR": "127.0.0.1", "HF_HOME": os.environ["HF_HOME"]}
-    assert values.keys() | {"NODE"} == {variable["name"] for variable in container["env"]}
+    assert values.keys() | {"NODE"} == {variable["name"] for variable in CONTAINER["env"]}
     variables = {name: str(value) for name, value in values.items()} | {"PET_MASTER_PORT": str(free_port())}
-    return [start(container["command"], folder / f"{node}.txt", NODE=str(node), **variables) for node in range(2)]
+    return [start(CONTAINER["command"], folder / f"{node}.txt", NODE=str(node), **variables) for node in range(2)]
 
 
 @pytest.mark.full
@@ -138,7 +139,16 @@ def test_a_pod_that_is_preempted_saves_and_has_its_job_restarted(recipe, whole, 
     assert output.read_text() == f"{tmp_path / 'out'}: this run has finished\n"
 
 
+def test_a_pod_that_is_preempted_before_its_ranks_start_ends(tmp_path):
+    bash, c, script = CONTAINER["command"]
+    begun = script.replace("torchrun --nnodes", "kill -TERM $$; echo started")
+    pod = start([bash, c, begun], tmp_path / "said.txt", OUTPUT_DIR=str(tmp_path / "out"))
+    assert pod.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
+    assert (tmp_path / "said.txt").read_text() == ""
+
+
 def test_the_manifest_is_a_job_set():
+    assert JOB["completions"] == JOB["parallelism"] == 1, "the Job of a coordinator must have them"
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="kubeflow-trainer-api is not installed")
     assert models.JobsetV1alpha2JobSet.from_dict(JOB_SET).to_dict() == JOB_SET, "a field that it does not know is lost"
 
