@@ -1,4 +1,5 @@
-"""The project stays inside its budgets, which only go down; what is granted beside them is for rows in fp8."""
+"""The project stays inside its budgets, which only go down; what is granted beside them is for rows in fp8, and for long
+sequences and many nodes."""
 
 import json
 import subprocess
