@@ -186,7 +186,6 @@ HELP = {
         "num_train_epochs": "",
         "max_steps": "wins over --num_train_epochs",
         "per_device_train_batch_size": "examples of a rank in a forward pass",
-        "sequence_parallel": "ranks that share each example, for long ones",
         "global_batch_size": "examples of a step on all ranks; accumulation follows",
         "checkpointed_layers": "gradient checkpointing: none, all, a number, auto",
         "attn_implementation": "by default the fastest that runs here",

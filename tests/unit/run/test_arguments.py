@@ -11,7 +11,8 @@ from lisa_dist.run.task_configs import accumulation_steps
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
-    run_args, _, training_args, model_args, lisa_config = parse_arguments(["--config", str(recipe)])
+    alone = ["--sequence_parallel", "1"]
+    run_args, _, training_args, model_args, lisa_config = parse_arguments(["--config", str(recipe), *alone])
     assert run_args.method == "lisa"
     assert model_args.model_name_or_path
     assert lisa_config.lisa_activated_layers == "auto" or lisa_config.lisa_activated_layers >= 1
