@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from importlib import metadata
 from importlib.util import find_spec
-from typing import TypeVar
 
 import torch
 from torch import distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_dist.distributed.collectives import raise_shared
+from lisa_dist.distributed.collectives import sharing_errors
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.errors import SharedError, UserError
 from lisa_dist.eval.answers import AnswerFile
@@ -27,7 +26,6 @@ from lisa_dist.text import format_columns
 
 # A rank with short items waits for the others; the launcher ends it if one of them dies.
 _TIMEOUT = timedelta(days=7)
-_T = TypeVar("_T")
 # Model and tokenizer; of a flag that needs a chat template, which is refused without one.
 _Load = Callable[[str | None], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -42,14 +40,17 @@ def run(arguments: EvalArguments) -> None:
     starts_ranks = int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized()
     if starts_ranks:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=_TIMEOUT)
-    results = _on_all_ranks(lambda: Results(arguments))
     names = [name for name in arguments.names if name != MT_BENCH]
-    tasks = _on_all_ranks(lambda: _load_tasks(names, arguments)) if names else {}
-    mt_bench = _on_all_ranks(lambda: _read_mt_bench(arguments)) if MT_BENCH in arguments.names else None
+    with sharing_errors():
+        results = Results(arguments)
+        tasks = _load_tasks(names, arguments) if names else {}
+        mt_bench = _read_mt_bench(arguments) if MT_BENCH in arguments.names else None
 
     @functools.cache
     def load_once() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return _on_all_ranks(lambda: load_model(arguments.model, arguments.dtype, device))
+        with sharing_errors():
+            loaded = load_model(arguments.model, arguments.dtype, device)
+        return loaded
 
     def load(template_flag: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_once()
@@ -76,18 +77,6 @@ def run(arguments: EvalArguments) -> None:
     scores, table = judge_answers(bench, judge, file.model_id, answers, folder, *how)
     results.add(MT_BENCH, scores)
     print(f"\n{table}\nwrote {results.path}", flush=True)
-
-
-def _on_all_ranks(function: Callable[[], _T]) -> _T:
-    """Call `function` on every rank. A UserError on any rank is raised on all, as SharedError."""
-    results: list[_T] = []
-    problem = None
-    try:
-        results.append(function())
-    except UserError as error:
-        problem = str(error)
-    raise_shared(problem)
-    return results[0]
 
 
 class Results:
@@ -135,10 +124,7 @@ def _evaluate_tasks(arguments: EvalArguments, load: _Load, tasks: dict, results:
     loaded = load("--apply_chat_template" if arguments.apply_chat_template else None)
     model = harness.RankedModel(*loaded, batch_size)
     how = {name: getattr(arguments, name) for name in ("limit", "num_fewshot", "seed", "apply_chat_template")}
-    try:
-        outcome = harness.evaluate(model, tasks, **how)
-    except UserError as error:  # too few items for the ranks, which every rank finds
-        raise SharedError(str(error)) from error
+    outcome = harness.evaluate(model, tasks, **how)
     if outcome is None:
         return
     lines: list[tuple[str, ...]] = [("task", "metric", "score", "standard error", "items", "examples")]

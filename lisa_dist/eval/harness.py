@@ -30,7 +30,7 @@ from torch import distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_dist.distributed.collectives import gather
-from lisa_dist.errors import UserError
+from lisa_dist.errors import SharedError, UserError
 from lisa_dist.patches import patch, patched
 
 TASK_FILES = Path(__file__).with_name("eval_tasks")
@@ -114,14 +114,14 @@ def evaluate(
     """On rank 0 the harness' results, with `samples`, and `cut`: whether prompts were cut; None on other ranks.
 
     All ranks call it. `limit` is a number of items per task, or below 1 a fraction of them; `settings` are those of
-    `simple_evaluate`. Raises UserError for a task with fewer items than ranks.
+    `simple_evaluate`. Raises SharedError, on every rank, for a task with fewer items than ranks.
     """
     for task in _leaves(tasks):
         items = len(task.eval_docs)
         if limit is not None:
             items = min(items, math.ceil(items * limit) if limit < 1 else int(limit))
         if items < model.world_size:
-            raise UserError(
+            raise SharedError(
                 f"{task.task_name}: {items} items for {model.world_size} ranks; each rank needs one: raise --limit, or "
                 "give fewer --gpus."
             )
