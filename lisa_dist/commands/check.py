@@ -45,29 +45,25 @@ def main(argv: Sequence[str]) -> None:
     """Check this host and compare it with the others; exit status 2 on every host when anything is wrong."""
     host = host_name()
     with naming_flags():
-        problems = _problems(host, argv)
+        try:
+            known, rest = FlagParser(ARGUMENTS, USAGE, HELP).parse_known_args(argv)
+            arguments = CheckArguments(**vars(known))
+            set_rank()
+            flags = flags_of_run(arguments, rest)
+            problems = HostCheck(
+                host,
+                Path(flags["output_dir"]),
+                gpus=arguments.gpus_per_node,
+                files=compared_files(arguments.config, flags),
+                meet_within=arguments.meet_within,
+                save_within=arguments.save_within,
+                checkpoint_bytes=partial(checkpoint_bytes, flags),
+            ).problems()
+        except UserError as error:
+            problems = [f"host {host}: {error}"]
         for problem in problems:
             print(f"lisa-dist check: {problem}", file=sys.stderr, flush=True)
     raise SystemExit(2 if problems else 0)
-
-
-def _problems(host: str, argv: Sequence[str]) -> list[str]:
-    try:
-        known, rest = FlagParser(ARGUMENTS, USAGE, HELP).parse_known_args(argv)
-        arguments = CheckArguments(**vars(known))
-        set_rank()
-        flags = flags_of_run(arguments, rest)
-        return HostCheck(
-            host,
-            Path(flags["output_dir"]),
-            gpus=arguments.gpus_per_node,
-            files=compared_files(arguments.config, flags),
-            meet_within=arguments.meet_within,
-            save_within=arguments.save_within,
-            checkpoint_bytes=partial(checkpoint_bytes, flags),
-        ).problems()
-    except UserError as error:
-        return [f"host {host}: {error}"]
 
 
 def flags_of_run(arguments: CheckArguments, rest: Sequence[str]) -> dict[str, Any]:

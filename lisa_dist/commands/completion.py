@@ -28,15 +28,12 @@ def main(shell: str) -> None:
     with exit_on_error("lisa-dist completion"):
         if shell not in ("bash", "zsh"):
             raise UserError(f"{shell}: give bash or zsh.")
-        print("\n".join([*(["autoload -U +X bashcompinit && bashcompinit"] if shell == "zsh" else []), _script()]))
-
-
-def _script() -> str:
-    flags = []
-    for verb in WITH_FLAGS:
-        actions = [one for task in (TASKS if verb == "train" else [SFT]) for one in parser_of(verb, task)._actions]
-        named = {name for one in actions for name in one.option_strings[:1]} - {"-h"} | {"--help"}
-        named |= _OF_LAUNCHER.get(verb, set())
-        flags.append(f'            {verb}) words="{" ".join(sorted(named))}" ;;')
-    flags += [f'            {verb}) words="{words}" ;;' for verb, words in _WORDS.items()]
-    return _BASH.format(verbs=" ".join(VERBS), flags="\n".join(flags))
+        words = {}
+        for verb in WITH_FLAGS:
+            actions = [one for task in (TASKS if verb == "train" else [SFT]) for one in parser_of(verb, task)._actions]
+            named = {name for one in actions for name in one.option_strings[:1]} - {"-h"} | {"--help"}
+            words[verb] = " ".join(sorted(named | _OF_LAUNCHER.get(verb, set())))
+        flags = "\n".join(f'            {verb}) words="{offered}" ;;' for verb, offered in (words | _WORDS).items())
+        if shell == "zsh":
+            print("autoload -U +X bashcompinit && bashcompinit")
+        print(_BASH.format(verbs=" ".join(VERBS), flags=flags))

@@ -51,17 +51,12 @@ def describe() -> str:
         ("kernels of lisa_adamw", f"{kernels} ({why})"),
         ("attention of a Llama", f"{attention} ({why_attention})"),
     ]
-    return format_table([*rows, *_missing(on_gpu)])
-
-
-def _missing(on_gpu: bool) -> list[tuple[str, str]]:
-    """What is missing and worth having: what it is for, and how to get it."""
     lacking = [
         (f"missing: {name.replace('_', '-')}", f"for {what_for}; {how}")
         for name, what_for, how, gpu_only in _WORTH_HAVING
         if (on_gpu or not gpu_only) and shutil.which(name) is None and find_spec(name) is None
     ]
-    return lacking or [("missing", "nothing that a run could use")]
+    return format_table([*rows, *(lacking or [("missing", "nothing that a run could use")])])
 
 
 def main() -> None:

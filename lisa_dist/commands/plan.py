@@ -85,10 +85,12 @@ def main(argv: Sequence[str]) -> None:
             rate = learning_rate(arguments.model, config, arguments.task)
         plans = make_plans(config, asked, settings, runs=runs)
         print(format_plans(plans, asked))
-        _write(plans, asked)
-        an_example = (
-            " (the data are an example: --dataset_name takes yours)" if arguments.dataset_name == NO_DATA else ""
-        )
+        if asked.json:
+            written = {"arguments": asdict(asked), "plans": [plan.to_dict() for plan in plans]}
+            with writing(f"--json {asked.json}"):
+                Path(asked.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        if asked.plot:
+            plot_plans(plans, asked)
 
         def fallback(with_offload: bool) -> Chosen | None:
             """What fits with other settings: of other methods than LISA, and under a given config, nothing."""
@@ -108,22 +110,14 @@ def main(argv: Sequence[str]) -> None:
             if best.ds_config.endswith("_offload") and (found := fallback(with_offload=False)) is not None:
                 _print_command(best, asked, rate, "With states on the host, for which a step waits")
                 best, asked, why = found.plan, found.arguments, _what_it_takes(found)
-        _print_command(best, asked, rate, why + an_example)
+        if arguments.dataset_name == NO_DATA:
+            why += " (the data are an example: --dataset_name takes yours)"
+        _print_command(best, asked, rate, why)
 
 
 def tell(line: str) -> None:
     """Print the progress of a search that takes a minute on a small machine, apart from its result."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _write(plans: Sequence[Plan], arguments: PlanArguments) -> None:
-    """To the files that were asked for."""
-    if arguments.json:
-        written = {"arguments": asdict(arguments), "plans": [plan.to_dict() for plan in plans]}
-        with writing(f"--json {arguments.json}"):
-            Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    if arguments.plot:
-        plot_plans(plans, arguments)
 
 
 def _print_command(plan: Plan, arguments: PlanArguments, rate: float | None, why: str) -> None:

@@ -1,6 +1,8 @@
 """`lisa-dist recipes`: the recipes and examples that come with the package, listed, shown, copied."""
 
 import difflib
+import itertools
+import re
 import shutil
 from importlib import resources
 from pathlib import Path
@@ -54,9 +56,5 @@ def _first_sentence(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return text.partition('"""')[2].partition("\n")[0]
-    lines = []
-    for line in text.splitlines():
-        if not line.startswith("# ") or line.startswith("# $"):
-            break
-        lines.append(line.removeprefix("# "))
-    return " ".join(lines).partition(": ")[0]
+    said = itertools.takewhile(re.compile(r"# (?!\$)").match, text.splitlines())
+    return " ".join(line.removeprefix("# ") for line in said).partition(": ")[0]

@@ -55,7 +55,10 @@ def _read_script(path: str) -> dict[str, Any]:
                 raise UserError(f"{path}: {name} is an array of bash; write its words out behind the command.")
             if is_set:
                 variables.setdefault(name, value)  # what follows is of a loop over the script's own words
-        commands.append(_without_launcher([part for word in words for part in _parts(word, variables)]))
+        words = [part for word in words for part in _parts(word, variables)]
+        if words and words[0] in _LAUNCHERS:  # whose own flags are before the program
+            del words[: next((number for number, word in enumerate(words) if word.endswith(".py")), 0)]
+        commands.append(words)
     longest = max(commands, key=lambda words: sum(word.startswith("--") for word in words), default=[])
     if not any(word.startswith("--") for word in longest):
         raise UserError(f"{path}: holds no command with flags, and is no .yaml, .yml or .json.")
@@ -83,12 +86,6 @@ def _parts(word: str, variables: dict[str, str]) -> list[str]:
     """A word, or the flags that it stands for where a variable holds several."""
     value = variables.get(found[1], "") if (found := re.fullmatch(r"\$\{?(\w+)\}?", word)) else ""
     return shlex.split(value) if value.lstrip().startswith("--") else [word]
-
-
-def _without_launcher(words: list[str]) -> list[str]:
-    """The program and its flags, without those of what starts its processes."""
-    programs = (number for number, word in enumerate(words) if word.endswith(".py"))
-    return words[next(programs, 0) :] if words and words[0] in _LAUNCHERS else words
 
 
 def _expanded(word: str, variables: dict[str, str]) -> str:

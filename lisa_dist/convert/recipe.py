@@ -113,7 +113,14 @@ def _add_defaults(found: Converted, given: Given, task: str) -> None:
         if found.tool == SWIFT and found.flags.get("method") == "full":
             found.flags["method"] = "lisa"
     if found.tool == SWIFT:
-        defaults |= _defaults_of_swift(found, given)
+        if "gradient_accumulation_steps" not in given:
+            rows = found.flags.get("per_device_train_batch_size", 1)
+            if _BATCH_OF_SWIFT % rows:  # as nearly as micro-batches make them
+                defaults["gradient_accumulation_steps"] = math.ceil(_BATCH_OF_SWIFT / rows)
+            else:
+                defaults["global_batch_size"] = _BATCH_OF_SWIFT
+        if {"eval_rows", "eval_dataset_name"} & found.flags.keys():
+            defaults["eval_strategy"] = "steps"  # as checkpoints are saved there
         if "use_hf" not in given and not given.get("USE_HF"):
             found.remarks["use_hf"] = OTHER_HUB
     method = found.flags.get("method", defaults["method"])
@@ -124,19 +131,6 @@ def _add_defaults(found: Converted, given: Given, task: str) -> None:
     if method != "lisa":
         for name in [name for name in found.flags if name.startswith("lisa_")]:
             found.gone[name] = f"for --method lisa, it was {found.flags.pop(name)}"
-
-
-def _defaults_of_swift(found: Converted, given: Given) -> Flags:
-    """Sixteen examples a step, as nearly as micro-batches make them; evaluation with checkpoints."""
-    defaults: Flags = {}
-    if "gradient_accumulation_steps" not in given:
-        rows = found.flags.get("per_device_train_batch_size", 1)
-        defaults["global_batch_size"] = _BATCH_OF_SWIFT
-        if _BATCH_OF_SWIFT % rows:
-            defaults = {"gradient_accumulation_steps": math.ceil(_BATCH_OF_SWIFT / rows)}
-    if {"eval_rows", "eval_dataset_name"} & found.flags.keys():
-        defaults["eval_strategy"] = "steps"  # as checkpoints are saved there
-    return defaults
 
 
 def format_recipe(found: Converted, path: str) -> str:

@@ -122,10 +122,6 @@ def schedule(value: str, given: Given) -> Flags:
     return {"lr_scheduler_type": value}
 
 
-def _evaluates(given: Given) -> Any:
-    return given.get("eval_strategy") or given.get("evaluation_strategy")
-
-
 def _deepspeed(value: Any, given: Given) -> Flags:
     if isinstance(value, dict):
         raise NoCounterpart("put it in a file of its own, without its optimizer section, and give its path")
@@ -148,10 +144,6 @@ def lora_targets(value: Any, given: Given) -> Flags:
     return {"lora_target_modules": ["all-linear"] if names in (["all"], ["all-linear"]) else names}
 
 
-def _saved_modules(value: Any, given: Given) -> Flags:
-    return {"lora_modules_to_save": names_of(value)}
-
-
 def reward_functions(value: Any, given: Given) -> Flags:
     """Files of reward functions; a name has a remark, as it may be the tool's own or one of TRL's."""
     names = value if isinstance(value, list) else str(value).split()
@@ -172,14 +164,19 @@ _ZERO = nothing_but(None, "ZeRO shards: --deepspeed zero3")
 _BITS = "weights in {0} bits: with --method lisa frozen layers alone, lisa_frozen_bits: {0}"
 LORA: dict[str, Rule] = {
     "lora_rank": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
-    "additional_target": _saved_modules, "modules_to_save": _saved_modules,
+    **dict.fromkeys(
+        ("additional_target", "modules_to_save"), lambda value, given: {"lora_modules_to_save": names_of(value)}
+    ),
 }  # fmt: skip
 COMMON: dict[str, Rule] = {
     "optim": optimizer, "lr_scheduler_type": schedule,
     "warmup_steps": lambda value, given: {} if not value and given.get("warmup_ratio") else {"warmup_steps": value},
     "warmup_ratio": lambda value, given: {} if given.get("warmup_steps") else {"warmup_steps": value},
     "deepspeed": _deepspeed, "evaluation_strategy": "eval_strategy",
-    "do_eval": lambda value, given: {"eval_strategy": "epoch"} if value and not _evaluates(given) else {},
+    "do_eval": lambda value, given: (
+        {"eval_strategy": "epoch"}
+        if value and not (given.get("eval_strategy") or given.get("evaluation_strategy")) else {}
+    ),
     "load_in_8bit": nothing_but(None, _BITS.format(8)), "load_in_4bit": nothing_but(None, _BITS.format(4)),
     "do_train": "(a run trains)", "preprocessing_num_workers": CACHED,
     "overwrite_cache": CACHED, "ddp_timeout": "(--hang_timeout ends a run that hangs)", "bf16": boolean("bf16"),

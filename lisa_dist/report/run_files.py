@@ -28,22 +28,13 @@ def _layer(value: object) -> str | None:
     return count(value) or ("is no layer of a model" if value >= _MOST_LAYERS else None)  # type: ignore[operator]
 
 
-def _outer_block(value: object) -> str | None:
-    return None if value in OUTER_BLOCKS else "is no block"
-
-
-def _norm(value: object) -> str | None:
-    """A norm may be infinite or NaN: an fp16 scaler leaves such a step out."""
-    return None if isinstance(value, int | float) else "is no number"
-
-
 # What the page and the plots take from each file.
 _PARTS = dict.fromkeys(["peak", *(name for _, names in MEMORY_PARTS for name in names)], number)
 _MEMORY = {"planned?": _PARTS, "measured": _PARTS}
 _PERIOD = {
     "step": count,
     "layers": [_layer],
-    "blocks?": [_outer_block],
+    "blocks?": [lambda value: None if value in OUTER_BLOCKS else "is no block"],
     "probabilities?": [number],
     "state_bytes_per_rank?": count,
     "seconds?": number,
@@ -52,7 +43,8 @@ _ANSWER = {"step": count, "prompt": str, "answer": str}
 _MOVEMENT = {"blocks": Each({"relative": number})}
 _LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_bytes", "train_runtime")
 _ENTRY = {f"{name}?": number for name in _LOGGED}
-_ENTRY["grad_norm?"] = _norm
+# A norm may be infinite or NaN: an fp16 scaler leaves such a step out.
+_ENTRY["grad_norm?"] = lambda value: None if isinstance(value, int | float) else "is no number"
 _RUN = dict.fromkeys(("method?", "model?", "devices?", "began?", "command?"), str) | {
     "flags?": dict,
     "versions?": dict,
