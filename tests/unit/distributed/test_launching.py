@@ -1,6 +1,7 @@
 """Ranks that `lisa-dist` starts by itself: how many, on which GPUs, and how they end."""
 
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -59,10 +60,14 @@ def test_ranks_that_cannot_be_started(monkeypatch, words, variables, said):
 
 
 @pytest.mark.parametrize(
-    ("visible", "words"),
-    [(None, ["--num_gpus", "2"]), ("4,5", ["--include", "localhost:4,5"]), ("7, 3,1", ["--include", "localhost:7,3"])],
+    ("visible", "verb", "words"),
+    [
+        (None, "train", ["--num_gpus", "2"]),
+        ("4,5", "eval", ["--include", "localhost:4,5"]),
+        ("7, 3,1", "train", ["--include", "localhost:7,3"]),
+    ],
 )
-def test_ranks_are_on_the_gpus_that_are_visible(monkeypatch, capsys, visible, words):
+def test_ranks_are_on_the_gpus_that_are_visible(monkeypatch, capsys, visible, verb, words):
     started = []
 
     def popen(command, env, **_):
@@ -73,10 +78,11 @@ def test_ranks_are_on_the_gpus_that_are_visible(monkeypatch, capsys, visible, wo
     monkeypatch.setattr(launching.subprocess, "Popen", popen)
     monkeypatch.setattr(launching.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
-        launch_if_asked(["--gpus", "2"], "train", lambda rest: None)
+        launch_if_asked(["model", "--gpus", "2"], verb, lambda rest: None)
     assert "lisa-dist: a rank was ended by signal 9 (Killed)" in capsys.readouterr().out
     ((command, environment),) = started
-    assert command[3:5] == words
+    assert command[:5] == [sys.executable, "-m", "deepspeed.launcher.runner", *words]
+    assert command[-3:] == ["lisa_dist.cli", verb, "model"]
     assert "CUDA_VISIBLE_DEVICES" not in environment  # the launcher sets it for each rank
 
 

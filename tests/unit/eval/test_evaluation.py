@@ -4,9 +4,7 @@ import functools
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from runs import ROOT, on_two_ranks
 from transformers import AutoModelForCausalLM
 
 from lisa_dist.commands import eval as eval_command
-from lisa_dist.distributed import launching
 from lisa_dist.errors import UserError
 from lisa_dist.eval import benchmark_files, harness
 from lisa_dist.eval.arguments import EvalArguments
@@ -224,22 +221,6 @@ def test_two_ranks_share_tasks_and_mt_bench(tiny, tmp_path):
     assert [path.name for path in (out / "mt_bench" / "model_answer").iterdir()] == ["model.jsonl"]
     words[2:] = ["--tasks", "gsm8k", "--data_dir", "nowhere"]
     on_two_ranks(words, tmp_path, CLI, status=2)
-
-
-def test_gpus_starts_the_ranks_of_this_verb(monkeypatch, files):
-    started = []
-    monkeypatch.setattr(
-        launching.subprocess,
-        "Popen",
-        lambda command, **_: started.append(command) or SimpleNamespace(pid=0, wait=lambda: 7),
-    )
-    monkeypatch.setattr(launching.signal, "signal", lambda *_: None)
-    words = ["model", "--tasks", "gsm8k", "--data_dir", str(files)]
-    with pytest.raises(SystemExit, match="7"):
-        eval_command.main([*words, "--gpus", "2"])
-    (command,) = started
-    assert command[:5] == [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    assert command[-7:] == ["lisa_dist.cli", "eval", *words]
 
 
 def test_a_chat_template_makes_turns_of_prompts(tiny, files):
