@@ -42,15 +42,12 @@ def test_a_run_that_is_whole_has_no_problems(run):
     ("name", "content", "said"),
     [
         ("trainer_state.json", log_with(loss=float("nan")), "log_history[0] is damaged: loss is no number"),
-        full("trainer_state.json", log_with(loss=[1]), "log_history[0] is damaged: loss is no number"),
-        full("trainer_state.json", log_with(loss=10**400), "is damaged: loss is no number, or far too large"),
         ("trainer_state.json", log_with(step="1"), "log_history[0] is damaged, and left out: step is no whole number"),
         ("trainer_state.json", log_with(train_runtime=1e300), "train_runtime is no number, or far too large"),
         full(
             "trainer_state.json", json.dumps({"log_history": [3, *LOG]}), "[0] is damaged, and left out: it is not an"
         ),
         ("lisa_log.jsonl", "{\n" + json.dumps(PERIODS[0]) + "\n", "line 1 is damaged, and left out: is not JSON"),
-        full("lisa_log.jsonl", "3\n", "line 1 is damaged, and left out: it is not an object: 3"),
         full("lisa_log.jsonl", '{"step": 1}\n', "line 1 is damaged, and left out: layers is not a list"),
         ("lisa_log.jsonl", '{"step": 1, "layers": [1000000000]}\n', "layers[0] is no layer of a model"),
         ("lisa_log.jsonl", '{"step": 1, "layers": [], "blocks": ["$x"]}\n', "blocks[0] is no block"),
@@ -121,4 +118,4 @@ def test_the_command_says_what_is_damaged(run, capsys):
     main(str(run))
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"wrote {run / 'report.html'}"
-    assert said[0].startswith(f"warning: {run / 'lisa_log.jsonl'}: line 1 is damaged")
+    assert said[0] == f"warning: {run / 'lisa_log.jsonl'}: line 1 is damaged, and left out: it is not an object: 3."

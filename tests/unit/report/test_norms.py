@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from lisa_dist import cli
-from lisa_dist.run_folder import NORMS, PRODUCT, write_run
+from lisa_dist.run_folder import NORMS, PRODUCT
 
 GOOD = "block,weight_norm,update_norm,moved_norm\nembed,50,0.1,1\nlayers.0,2,0.5,2\nlayers.1,4,0.7,3\nrest,1,0,0\n"
 LORA = (
@@ -29,14 +29,6 @@ def leave(folder: Path, text: str, method: str | None = None) -> Path:
     if method:
         (folder / "lisa_run.json").write_text(json.dumps({"method": method}))
     return folder
-
-
-def test_norms_of_another_run_do_not_stay(tmp_path):
-    leave(tmp_path / "run", GOOD)
-    write_run(tmp_path / "run", {"method": "full"}, resumes=True)
-    assert (tmp_path / "run" / "lisa_norms.csv").exists()
-    write_run(tmp_path / "run", {"method": "full"})
-    assert not (tmp_path / "run" / "lisa_norms.csv").exists()
 
 
 def test_runs_side_by_side(tmp_path, monkeypatch, capsys):

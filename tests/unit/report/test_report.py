@@ -168,11 +168,13 @@ def test_a_run_that_was_cut_has_the_report_of_its_checkpoint(out, tmp_path):
 
 def test_what_another_run_left_is_no_part_of_a_new_one(out):
     first = read_run(out).run
+    (out / "lisa_norms.csv").touch()
     write_run(out, {"began": "now", "command": "lisa-dist train more", "method": "lisa"}, resumes=True)
     resumed = read_run(out)
     assert resumed.run["began"] == first["began"]
     assert resumed.run["resumed"] == [{"began": "now", "command": "lisa-dist train more"}]
     assert resumed.periods
+    assert (out / "lisa_norms.csv").exists()
     page = write_report(out).read_text()
     assert "lisa-dist train --gpus 2" in page
     assert "# resumed now\nlisa-dist train more" in page
@@ -186,6 +188,7 @@ def test_what_another_run_left_is_no_part_of_a_new_one(out):
     page = write_report(out).read_text()
     assert f"<th>--learning_rate</th><td>{then:g}; 0.003 since later</td>" in page
     write_run(out, {"began": "now", "method": "full"})
+    assert not (out / "lisa_norms.csv").exists()
     with pytest.raises(UserError, match=r"there is no trainer_state\.json in it or in a checkpoint of it"):
         read_run(out)
     (out / "trainer_state.json").write_text('{"log_history": []}')
