@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PretrainedConfig, masking_utils
 from transformers.masking_utils import (
@@ -158,13 +159,6 @@ def _attend(own: Callable[..., Any], module: Any, query: Any, key: Any, value: A
     return shared.attention(own, module, query, key, value, **kwargs)
 
 
-def _forget(reference: Any, shared: "SharedAttention") -> None:
-    model = reference()
-    for module in model.modules() if model is not None else ():
-        if _attention_of.get(module) is shared:
-            del _attention_of[module]
-
-
 class SharedAttention:
     """Attention over whole rows, in a model that is given parts of them in training mode, and rows in evaluation mode.
 
@@ -174,7 +168,7 @@ class SharedAttention:
     def __init__(self, size: int, group: Any = None):
         self.size, self._group = size, group
         self._name = ""  # of the implementation
-        self._undo = contextlib.ExitStack()
+        self._hook: RemovableHandle | None = None
         self._is_probing = False
         self._whole = WeakTensorKeyDictionary()  # positions of rows, by those of this rank's part
         self._last = self._masked = torch.empty(0)  # those of the last forward pass; those that the masks are of
@@ -190,12 +184,14 @@ class SharedAttention:
         if getattr(ALL_ATTENTION_FUNCTIONS[name], "func", None) is not _attend:
             ALL_ATTENTION_FUNCTIONS[name] = functools.partial(_attend, ALL_ATTENTION_FUNCTIONS[name])
         _attention_of.update(dict.fromkeys(model.modules(), self))
-        self._undo.callback(_forget, weakref.ref(model), self)
-        self._undo.callback(model.register_forward_pre_hook(self._begin_pass, with_kwargs=True).remove)
+        self._hook = model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
 
     def close(self) -> None:
         """Give the model its own attention back."""
-        self._undo.close()
+        if self._hook is not None:
+            self._hook.remove()
+        for module in [module for module, shared in _attention_of.items() if shared is self]:
+            del _attention_of[module]
 
     def is_on(self, module: torch.nn.Module) -> bool:
         """Whether a module is given parts of rows."""

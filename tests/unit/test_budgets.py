@@ -1,5 +1,4 @@
-"""The project stays inside its budgets, which only go down; what is granted beside them is for rows in fp8, and for long
-sequences and many nodes."""
+"""The project stays inside its budgets, which only go down; what is granted beside them is for fp8, and for scale."""
 
 import json
 import subprocess
