@@ -94,7 +94,7 @@ class LisaController:
         self.block_visit_counts = {block.name: 0 for block in self.selection.sampled}
         self.is_attached = False
         self.changes = BlockChanges()
-        self._tiles = tile_mlps(model, self.blocks)
+        self.tiles = tile_mlps(model, self.blocks)
         self.at_close: Callable[[], object] = lambda: None
         self.sequence: SequenceParallel | None = None  # where ranks share rows
         self.gathers_layers = False  # at once, of ZeRO-3
@@ -214,7 +214,7 @@ class LisaController:
         """Give model and output folder back, whatever has become of the run."""
         self.partitions.close()
         self.blocks.give_back()
-        self._tiles.close()
+        self.tiles.close()
         if self.sequence is not None:
             self.sequence.close()
         self.at_close()

@@ -130,6 +130,8 @@ class LisaMixin(MonitoredMixin):
         if self.optimizer is None:
             self.lisa = LisaController(model or self.model, self.lisa_config, self.get_decay_parameter_names)
             self.lisa.sequence = self._sequence
+            if self.args.torch_compile:
+                self.lisa.tiles.close()  # a layer's own function in its MLP would be a graph for each layer
             self.lisa.gather_by_layers(model or self.model, self._ds_config)
             self.optimizer = build_optimizer(
                 self.lisa.param_groups(self.args.weight_decay),

@@ -492,6 +492,8 @@ def full_training(ds_config: str, dtype: torch.dtype) -> dict[str, torch.Tensor]
     adamw = DeepSpeedCPUAdam if "offload" in ds_config else torch.optim.AdamW
     optimizer = adamw([group for group in groups if group["params"]], lr=LR)
     config = lisa_dist.load_ds_config(ds_config, model=model)
+    if config["zero_optimization"]["stage"] == 3:  # gradients are then added up as in a model that is whole
+        deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.layers[0])])
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for micro_batches in token_batches(5, rows=4):
         train_step(engine, None, micro_batches)
