@@ -17,6 +17,7 @@ Source: Algorithm 1 of the LISA paper. A switch never happens inside the optimiz
 period would be lost.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.core.activation_checkpointing import check_checkpointing, let_backward_end, tile_mlps
+from lisa_dist.core.activation_checkpointing import check_checkpointing, let_backward_end
 from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_quantized, check_weights
 from lisa_dist.core.frozen_layers import make_room_for_weights, quantize_frozen_layers
@@ -94,7 +95,7 @@ class LisaController:
         self.block_visit_counts = {block.name: 0 for block in self.selection.sampled}
         self.is_attached = False
         self.changes = BlockChanges()
-        self.tiles = tile_mlps(model, self.blocks)
+        self.tiles = contextlib.ExitStack()  # of MLPs, which a trainer has
         self.at_close: Callable[[], object] = lambda: None
         self.sequence: SequenceParallel | None = None  # where ranks share rows
         self.gathers_layers = False  # at once, of ZeRO-3

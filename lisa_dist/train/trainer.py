@@ -26,7 +26,7 @@ from lisa_dist.checkpoint.resume import check_pickles, load_checkpoint, start_fr
 from lisa_dist.checkpoint.save import end_save, finish_save, save_checkpoint
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
 from lisa_dist.config import LisaConfig
-from lisa_dist.core.activation_checkpointing import AUTO, parse_budget, parse_checkpointed_layers
+from lisa_dist.core.activation_checkpointing import AUTO, parse_budget, parse_checkpointed_layers, tile_mlps
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.engine_checks import check_eval_frozen_bits, check_no_adapters
 from lisa_dist.distributed.collectives import together
@@ -130,8 +130,8 @@ class LisaMixin(MonitoredMixin):
         if self.optimizer is None:
             self.lisa = LisaController(model or self.model, self.lisa_config, self.get_decay_parameter_names)
             self.lisa.sequence = self._sequence
-            if self.args.torch_compile:
-                self.lisa.tiles.close()  # a layer's own function in its MLP would be a graph for each layer
+            if not self.args.torch_compile:  # a layer's own function in its MLP would be a graph for each layer
+                self.lisa.tiles = tile_mlps(model or self.model, self.lisa.blocks)
             self.lisa.gather_by_layers(model or self.model, self._ds_config)
             self.optimizer = build_optimizer(
                 self.lisa.param_groups(self.args.weight_decay),
