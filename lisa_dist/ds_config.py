@@ -170,9 +170,11 @@ def fill_layer_gathers(config: dict, largest_layer: int | None, hidden_size: int
     whole, or 2e9; not where it is None. A ring of many ranks takes as long to begin for a matrix as for a layer.
     """
     zero = config.get("zero_optimization") or {}
-    if largest_layer is None or zero.get("stage") != 3 or 2 * largest_layer > zero.get(_LIVE, _MOST_LIVE):
+    live = zero.get(_LIVE, "auto")
+    if largest_layer is None or zero.get("stage") != 3 or 2 * largest_layer > (_MOST_LIVE if live == "auto" else live):
         return False
-    zero.setdefault(_LIVE, 2 * largest_layer)
+    if live == "auto":
+        zero[_LIVE] = 2 * largest_layer
     if zero.get(_PREFETCH, "auto") in ("auto", int(0.9 * hidden_size**2)):  # which the Trainer makes of "auto"
         zero[_PREFETCH] = largest_layer
     return True

@@ -19,13 +19,14 @@ from lisa_dist.memory.plan import (
     format_plans,
     learning_rate,
     load_model_config,
-    plot_plans,
     preset_settings,
+    unit_of,
     with_accumulation,
     with_settings,
 )
 from lisa_dist.memory.planner import Chosen, first_that_fits, make_plans, what_fits
 from lisa_dist.memory.trace import FakeRuns
+from lisa_dist.run_folder import PLANNED_PARTS
 from lisa_dist.text import format_bytes
 
 USAGE = "lisa-dist plan --model llama3.1-8b [--gpus N] [--gpu_memory 80GiB] [--any_flag value ...]"
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
             with writing(f"--json {asked.json}"):
                 Path(asked.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         if asked.plot:
-            plot_plans(plans, asked)
+            _plot_plans(plans, asked)
 
         def fallback(with_offload: bool) -> Chosen | None:
             """What fits with other settings: of other methods than LISA, and under a given config, nothing."""
@@ -130,3 +131,28 @@ def _print_command(plan: Plan, arguments: PlanArguments, rate: float | None, why
 def _what_it_takes(found: Chosen) -> str:
     where = "host" if found.fallback.offloads else "GPU"
     return f"With states on the {where}: {found.fallback.name}"
+
+
+def _plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
+    """Draw a bar of stacked parts for each plan, and the budget as a line, to `--plot`."""
+    assert arguments.plot is not None
+    from matplotlib.figure import Figure  # slow to import, and a table does not need it
+
+    unit, name = unit_of(plans)
+    figure = Figure(figsize=(1.5 * len(plans) + 3, 5), layout="constrained")
+    axes = figure.subplots()
+    names, bottoms = [plan.ds_config for plan in plans], [0.0] * len(plans)
+    for title, fields in PLANNED_PARTS:
+        heights = [sum(plan.gpu.at_peak()[name] for name in fields) / unit for plan in plans]
+        if any(heights):
+            axes.bar(names, heights, bottom=bottoms, label=title)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    if arguments.budget / unit <= 5 * max(bottoms):  # else the bars of a small model could not be seen
+        axes.axhline(arguments.budget / unit, color="black", linestyle="--", label="budget")
+    axes.set_ylabel(f"{name} on each GPU at the peak")
+    axes.set_title(f"{Path(arguments.model).name}, {arguments.method}, {arguments.gpus} GPU(s)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    try:
+        figure.savefig(arguments.plot, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {arguments.plot}: cannot be written ({error}).") from error

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.errors import UserError
-from lisa_dist.patches import patch
+from lisa_dist.patches import patched
 from lisa_dist.text import parse_bytes
 
 AUTO = "auto"
@@ -91,23 +91,10 @@ def tile_mlps(model: Any, blocks: Blocks) -> contextlib.ExitStack:
     tiled = contextlib.ExitStack()
     for layer in model.get_submodule(blocks.layers_path).children():
         mlp: Any = getattr(layer, "mlp", None)
-        is_compiled = layer._compiled_call_impl is not None  # see `take_rows_whole`
-        if mlp is None or hasattr(mlp, "experts") or is_compiled:
-            continue
-        if isinstance(layer, GradientCheckpointingLayer):
+        if mlp is not None and not hasattr(mlp, "experts") and isinstance(layer, GradientCheckpointingLayer):
             forward = functools.partial(_forward_in_tiles, layer, mlp.forward)
-            patch(mlp, "forward", forward, of="tiles_of_mlp")
-            tiled.callback(take_rows_whole, layer)
+            tiled.enter_context(patched(mlp, "forward", forward, of="tiles_of_mlp"))
     return tiled
-
-
-def take_rows_whole(layer: Any) -> None:
-    """Give a layer's MLP its own forward back, without tiles: each layer's would be another graph of a compiler."""
-    forward = getattr(getattr(layer, "mlp", None), "forward", None)
-    if isinstance(forward, functools.partial) and forward.func is _forward_in_tiles:
-        del layer.mlp.forward
-        if forward.args[1] != layer.mlp.forward:  # Liger's, of this module alone
-            patch(layer.mlp, "forward", forward.args[1], of="tiles_of_mlp")
 
 
 def _forward_in_tiles(layer: Any, forward: Callable[..., Any], rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -6,11 +6,10 @@ for heads: by one exchange it has all tokens of its share of the heads, by anoth
 right where a rank's loss is its sum over the step's labels of all ranks, times the number of ranks.
 """
 
-import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,14 +29,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lisa_dist.errors import UserError
 from lisa_dist.tasks import SFT
-from lisa_dist.zero.stage3 import forget_module_order
+from lisa_dist.zero.stage3 import asking
 
 NO_LABEL = -100
 _FULL, _WINDOWS = "full_attention", "sliding_attention"
 _PROBE_TOKENS = 16  # of each rank, in `SequenceParallel.share`
 _PACKED_BY_MASK = 16_384  # tokens of a row, whose mask takes 0.75 GiB with its copy in bf16
 # The attention of a module that is given parts of rows.
-_attention_of: weakref.WeakKeyDictionary[torch.nn.Module, "SharedAttention"] = weakref.WeakKeyDictionary()
+_attention_of: weakref.WeakKeyDictionary[torch.nn.Module, "UlyssesAttention"] = weakref.WeakKeyDictionary()
 
 
 def check_groups(size: int, ranks: int) -> None:
@@ -101,19 +100,6 @@ def check_sequence_parallel(
         )
 
 
-@contextlib.contextmanager
-def probing(engine: Any) -> Iterator[Any]:
-    """The model of an engine in evaluation mode and without gradients, to be asked before the first step."""
-    training = engine.module.training
-    engine.module.eval()
-    try:
-        with torch.no_grad():
-            yield engine.module
-    finally:
-        engine.module.train(training)
-        forget_module_order(engine)
-
-
 def shard(batch: dict[str, Any], size: int, place: int) -> dict[str, Any]:
     """The part of a batch's rows, [rows, tokens], that the rank at `place` of its group has, [rows, tokens / size].
 
@@ -159,7 +145,7 @@ def _attend(own: Callable[..., Any], module: Any, query: Any, key: Any, value: A
     return shared.attention(own, module, query, key, value, **kwargs)
 
 
-class SharedAttention:
+class UlyssesAttention:
     """Attention over whole rows, in a model that is given parts of them in training mode, and rows in evaluation mode.
 
     Without a group it computes as much as a rank of one would, for a plan.
@@ -201,6 +187,8 @@ class SharedAttention:
         """Take the positions of whole rows; masks follow from them, as the model's own would be those of a part."""
         if not self.is_on(model):
             return None
+        if "position_ids" not in kwargs:
+            raise UserError(f"sequence_parallel {self.size}: a whole row in training; give it what shard() gives.")
         own = kwargs["position_ids"].contiguous()
         every = [torch.empty_like(own) for _ in range(self.size)]
         if self._group is not None:
@@ -216,7 +204,7 @@ class SharedAttention:
         positions = self._last if given is None else self._whole.get(given, self._last)
         copies = max(1, self.size // key.shape[1])  # where there are fewer heads of keys than ranks
         key, value = (one.repeat_interleave(copies, dim=1) if copies > 1 else one for one in (key, value))
-        query, key, value = (self._exchange(one) for one in (query, key, value))
+        query, key, value = (self._all_to_all(one) for one in (query, key, value))
         groups = getattr(module, "num_key_value_groups", None)
         if groups is not None:
             module.num_key_value_groups = query.shape[1] // key.shape[1]
@@ -224,9 +212,9 @@ class SharedAttention:
         output, _ = own(module, query, key, value, mask, **kwargs | {"position_ids": positions})
         if groups is not None:
             module.num_key_value_groups = groups
-        return self._exchange(output), None
+        return self._all_to_all(output), None
 
-    def _exchange(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """Each rank's part of dimension 1 to it, joined in dimension 2: [rows, a, b, c] to [rows, a / n, b n, c]."""
         parts = torch.stack(tensor.chunk(self.size, dim=1))
         received: torch.Tensor = _AllToAll.apply(parts, self._group)
@@ -261,7 +249,7 @@ class SharedAttention:
         return self._masks[window]
 
 
-class SequenceParallel(SharedAttention):
+class SequenceParallel(UlyssesAttention):
     """The ranks that share rows with this one: `size` in sequence, of which it is the one at `place`.
 
     Those with the same `data_rank`, of `data_ranks`, are to be given the same rows. All ranks build it.
@@ -288,16 +276,16 @@ class SequenceParallel(SharedAttention):
 
     def share(self, engine: Any) -> None:
         """Have the model of an engine share rows; all ranks call it before a step. Raises UserError where it cannot."""
-        with probing(engine) as model:
+        with asking(engine) as model:
             self.attend(model)
-            misses = self._misses(model)
-        if misses:
+            differs = self._differs(model)
+        if differs:
             raise UserError(
                 f"--sequence_parallel {self.size}: in {type(model).__name__} more than the attention of transformers "
                 "looks at other tokens, and a part of a row gives other logits than the row; leave it out."
             )
 
-    def _misses(self, model: Any) -> bool:
+    def _differs(self, model: Any) -> bool:
         """Whether this rank's part of a row gives other logits than the row.
 
         How much a difference would be is that of the part as a row of its own.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lisa_dist.core.controller import LisaController
-from lisa_dist.core.live_bytes import live_storages
-from lisa_dist.memory.trace import AllocationTracker, part_of
+from lisa_dist.core.live_bytes import AllocationTracker, live_storages
+from lisa_dist.memory.trace import part_of
 from lisa_dist.memory.workload import MemoryParts
 from lisa_dist.patches import patched
 from lisa_dist.zero.parameters import local_tensors

@@ -350,7 +350,7 @@ def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | Non
 
 def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
     """The table: a row for each part, a column for each DeepSpeed config."""
-    unit, name = _unit_of(plans)
+    unit, name = unit_of(plans)
 
     def shown(size: int) -> str:
         return f"{size / unit:.2f}" if size else "-"
@@ -379,32 +379,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
     return format_columns(lines)
 
 
-def _unit_of(plans: Sequence[Plan]) -> tuple[int, str]:
+def unit_of(plans: Sequence[Plan]) -> tuple[int, str]:
     """The largest unit of which every plan's peak has a tenth at least."""
     smallest = min(plan.gpu.peak for plan in plans)
     return next((unit, name) for unit, name in BYTE_UNITS if smallest >= unit / 10 or name == "KiB")
-
-
-def plot_plans(plans: Sequence[Plan], arguments: PlanArguments) -> None:
-    """Draw a bar of stacked parts for each plan, and the budget as a line, to `--plot`."""
-    assert arguments.plot is not None
-    from matplotlib.figure import Figure  # slow to import, and a table does not need it
-
-    unit, name = _unit_of(plans)
-    figure = Figure(figsize=(1.5 * len(plans) + 3, 5), layout="constrained")
-    axes = figure.subplots()
-    names, bottoms = [plan.ds_config for plan in plans], [0.0] * len(plans)
-    for title, fields in PLANNED_PARTS:
-        heights = [sum(plan.gpu.at_peak()[name] for name in fields) / unit for plan in plans]
-        if any(heights):
-            axes.bar(names, heights, bottom=bottoms, label=title)
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    if arguments.budget / unit <= 5 * max(bottoms):  # else the bars of a small model could not be seen
-        axes.axhline(arguments.budget / unit, color="black", linestyle="--", label="budget")
-    axes.set_ylabel(f"{name} on each GPU at the peak")
-    axes.set_title(f"{Path(arguments.model).name}, {arguments.method}, {arguments.gpus} GPU(s)")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    try:
-        figure.savefig(arguments.plot, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {arguments.plot}: cannot be written ({error}).") from error

@@ -8,16 +8,13 @@ import contextlib
 import copy
 import logging
 import warnings
-import weakref
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -29,9 +26,10 @@ from transformers import (
 from lisa_dist.config_rules import StateBits
 from lisa_dist.core.activation_checkpointing import checkpoint_layers, tile_mlps
 from lisa_dist.core.blocks import find_blocks, split_into_modules, without_zero3_init
+from lisa_dist.core.live_bytes import AllocationTracker
 from lisa_dist.core.matrices import Matrix, quantizable_matrices
 from lisa_dist.core.selection import split_by_decay, takes_bits
-from lisa_dist.core.sequence_parallel import SharedAttention
+from lisa_dist.core.sequence_parallel import UlyssesAttention
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import add_label_logits
 from lisa_dist.memory.repeated_layers import (
@@ -135,57 +133,6 @@ class StepTrace:
         """What `to_dict` gave, of the same model; `parameters` by name."""
         arrivals = [Arrival(parameters[name], peak_before, now) for name, peak_before, now in values["arrivals"]]
         return cls(**{**values, "arrivals": tuple(arrivals)})
-
-
-class AllocationTracker(TorchDispatchMode):
-    """While it is entered, the bytes of all storages that operators allocate and that are not freed, and their peak.
-
-    Works on real tensors of any device and on fake ones (`FakeTensorMode`), in the forward and, on CPU, the backward
-    pass. `kind_of(tensor)` names the part that a new storage is counted under. Storages that exist already are counted
-    once they are given to `add`.
-    """
-
-    def __init__(self, kind_of: Callable[[torch.Tensor], str] = lambda tensor: "other") -> None:
-        super().__init__()
-        self._kind_of = kind_of
-        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self.bytes: Counter[str] = Counter()
-        self.now = self.peak = 0
-
-    def add(self, tensors: Iterable[torch.Tensor], kind: str | None = None) -> None:
-        """Count the storages of `tensors` that are not counted yet."""
-        for tensor in tensors:
-            if tensor.device.type == "meta":  # no memory; a fake tensor has the device it stands for
-                continue
-            storage = tensor.untyped_storage()
-            # A storage's Python object lives as long as the storage, so its id and a weak reference identify it.
-            if id(storage) in self._seen:
-                continue
-            key, size = id(storage), storage.nbytes()
-            part = self._kind_of(tensor) if kind is None else kind
-
-            def forget(_: object, key: int = key, size: int = size, part: str = part) -> None:
-                del self._seen[key]
-                self.bytes[part] -= size
-                self.now -= size
-
-            self._seen[key] = weakref.ref(storage, forget)
-            self.bytes[part] += size
-            self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def begin_phase(self) -> None:
-        """Begin to record the peak anew."""
-        self.peak = self.now
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operator and count what it allocates."""
-        result = function(*args, **(kwargs or {}))
-        results = result if isinstance(result, tuple | list) else (result,)
-        self.add(tensor for tensor in results if isinstance(tensor, torch.Tensor))
-        return result
 
 
 class FakeRun:
@@ -402,7 +349,7 @@ class FakeRun:
             stack.enter_context(_report_model_errors(config))
             stack.enter_context(stand_ins(self.workload, self.quantized_matrices(trained)))
             if self.workload.sequence_parallel > 1:
-                shared = SharedAttention(self.workload.sequence_parallel)
+                shared = UlyssesAttention(self.workload.sequence_parallel)
                 shared.attend(self.model)
                 stack.callback(shared.close)
             if numbers is not None:

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerState
 
 from lisa_dist.run_folder import ANSWERS_NAME
 from lisa_dist.train.monitoring import MonitoredMixin
 from lisa_dist.turns import as_taken, takes_parts
-from lisa_dist.zero.stage3 import forget_module_order
+from lisa_dist.zero.stage3 import asking
 
 
 class SampleCallback(TrainerCallback):
@@ -46,16 +45,11 @@ class SampleCallback(TrainerCallback):
             turns = as_taken([{"role": "user", "content": prompt}], takes_parts(tokenizer))
             inputs = {"text": tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)}
         encoded = tokenizer(**inputs, return_tensors="pt", add_special_tokens=tokenizer.chat_template is None)
-        model = trainer.model_wrapped.module
-        training = model.training
-        model.eval()
-        with torch.no_grad():
+        with asking(trainer.model_wrapped) as model:
             generated = model.generate(
                 **encoded.to(trainer.args.device),
                 max_new_tokens=64,
                 do_sample=False,
                 synced_gpus=trainer.args.world_size > 1,
             )
-        model.train(training)
-        forget_module_order(trainer.model_wrapped)
         return tokenizer.decode(generated[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -15,7 +15,6 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lisa_dist.core.activation_checkpointing import take_rows_whole
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.patches import patch
 
@@ -44,7 +43,6 @@ def compile_layers(layers: Iterable[nn.Module], backend: str, mode: str | None) 
     config = torch._dynamo.config
     config.cache_size_limit = max(_MAX_GRAPHS, config.cache_size_limit)  # as torch 2.6 calls it, and later ones too
     for layer in layers:
-        take_rows_whole(layer)
         layer.compile(backend=backend, mode=mode, dynamic=True)
         call = partial(_call, layer, layer._compiled_call_impl)
         patch(layer, "_compiled_call_impl", call, of="compiled_call")

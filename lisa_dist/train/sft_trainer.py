@@ -8,7 +8,6 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from lisa_dist.core.sequence_parallel import probing
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import add_label_logits, check_loss, why_no_label_logits
 from lisa_dist.loss.liger import add_liger_loss
@@ -16,7 +15,7 @@ from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
 from lisa_dist.train.attention import documents_see_each_other, packs_documents
 from lisa_dist.train.monitoring import MonitoredMixin
 from lisa_dist.train.trainer import LisaMixin
-from lisa_dist.zero.stage3 import forget_module_order
+from lisa_dist.zero.stage3 import asking, forget_module_order
 
 
 class PackingCheck(TrainerCallback):
@@ -31,7 +30,7 @@ class PackingCheck(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Compare a document after one and after another."""
         trainer = self._trainer
-        with probing(trainer.model_wrapped) as model:
+        with asking(trainer.model_wrapped) as model:
             mixed = documents_see_each_other(
                 lambda batch: model(**send_to_device(batch, args.device), use_cache=False).logits,
                 trainer.data_collator,

@@ -1,7 +1,8 @@
 """What ZeRO-3 gathers and keeps: inputs of frozen weights, recomputed layers, the order of modules, prefetches."""
 
+import contextlib
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -130,6 +131,20 @@ def what_to_release(coordinator: Any, module: Any, step: int) -> set[int]:
             passed += sum(one.ds_numel for one in parameters_of(later))
     fetched = own("most_recent_step_id_param_fetched_for")  # later uses are not prefetched where it is whole
     return known[key] - {one.ds_id for one in parameters_of(module) if fetched[one] > step}
+
+
+@contextlib.contextmanager
+def asking(engine: deepspeed.DeepSpeedEngine) -> Iterator[Any]:
+    """The engine's model in evaluation mode and without gradients, to be asked between steps of training."""
+    model: Any = engine.module
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(training)
+        forget_module_order(engine)
 
 
 def forget_module_order(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -124,6 +124,7 @@ def test_what_lisa_cannot_run_under_is_refused(zero, others, said):
         ({"stage": 3, "stage3_prefetch_bucket_size": 3686}, 100, True, {"stage3_prefetch_bucket_size": 100}),
         ({"stage": 3, "stage3_prefetch_bucket_size": 7}, 100, True, {"stage3_prefetch_bucket_size": 7}),
         ({"stage": 3, "stage3_max_live_parameters": 200}, 100, True, {"stage3_max_live_parameters": 200}),
+        ({"stage": 3, "stage3_max_live_parameters": "auto"}, 100, True, {"stage3_max_live_parameters": 200}),
         ({"stage": 3, "stage3_max_live_parameters": 199}, 100, False, {"stage3_max_live_parameters": 199}),
         ({"stage": 3}, 1_000_000_001, False, {}),
         ({"stage": 3}, None, False, {}),

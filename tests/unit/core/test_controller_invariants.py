@@ -21,8 +21,7 @@ from torch import distributed as dist
 from transformers.pytorch_utils import Conv1D
 
 import lisa_dist
-from lisa_dist.core.live_bytes import live_storages, live_tensor_bytes
-from lisa_dist.memory.trace import AllocationTracker
+from lisa_dist.core.live_bytes import AllocationTracker, live_storages, live_tensor_bytes
 from lisa_dist.zero.parameters import local_weights
 
 STEPS, INTERVAL, LR, DECAY = 10, 3, 1e-3, 0.1  # three periods, and a step of the fourth

@@ -24,7 +24,7 @@ from lisa_dist.core import sequence_parallel
 from lisa_dist.core.sequence_parallel import (
     NO_LABEL,
     SequenceParallel,
-    SharedAttention,
+    UlyssesAttention,
     check_sequence_parallel,
     shard,
 )
@@ -207,9 +207,11 @@ def test_a_layer_that_is_computed_again_has_the_positions_of_its_own_pass():
 
 def test_models_share_rows_each_for_itself():
     one, other, alone = tiny_llama(), tiny_llama(), tiny_llama()
-    attentions = SharedAttention(2), SharedAttention(2)
+    attentions = UlyssesAttention(2), UlyssesAttention(2)
     for model, attention in zip((one, other), attentions, strict=True):
         attention.attend(model)
+    with pytest.raises(UserError, match="a whole row in training; give it what shard"):
+        one.train()(**batch_of(packed=False))
     attentions[0].close()
     of = sequence_parallel._attention_of
     assert [of.get(model.model.layers[0].self_attn) for model in (one, other, alone)] == [None, attentions[1], None]

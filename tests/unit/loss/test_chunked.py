@@ -9,9 +9,9 @@ from trl import DPOTrainer
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
+from lisa_dist.core.live_bytes import AllocationTracker
 from lisa_dist.loss import chunked as head_gradient
 from lisa_dist.loss.chunked import LogProbsInChunks, use_chunks
-from lisa_dist.memory.trace import AllocationTracker
 from lisa_dist.train.monitoring import MonitoredMixin
 
 WHY = "there is no C compiler, which Triton needs"

@@ -22,10 +22,10 @@ import lisa_dist
 from lisa_dist.checkpoint.resume import load_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.config import UserError
+from lisa_dist.core.live_bytes import AllocationTracker
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.kernels.adamw import CHUNK, chunk_bytes
 from lisa_dist.kernels.dynamic_code import table_bytes
-from lisa_dist.memory.trace import AllocationTracker
 from lisa_dist.optim import adamw
 from lisa_dist.optim.adamw import LisaAdamW, PartitionStep, decode_moment, with_blocks
 from lisa_dist.optim.states import Piece

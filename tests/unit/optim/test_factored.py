@@ -9,6 +9,7 @@ import torch
 from cases import full
 from ranks import run_ranks
 
+from lisa_dist.core.live_bytes import AllocationTracker
 from lisa_dist.kernels.adamw import round_stochastically
 from lisa_dist.kernels.factored import (
     CHUNK,
@@ -21,7 +22,6 @@ from lisa_dist.kernels.factored import (
     squared_sums_torch,
 )
 from lisa_dist.kernels.philox import TILE, random_bits
-from lisa_dist.memory.trace import AllocationTracker
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.zero.layout import matrices_of_group, pieces_of_group
 

@@ -8,7 +8,6 @@ from models import tiny_llama, tiny_mixtral, token_batches
 from ranks import run_ranks
 
 import lisa_dist
-from lisa_dist.core.sequence_parallel import probing
 from lisa_dist.zero import stage3
 
 
@@ -49,7 +48,7 @@ def whole_before_backward(passes: int) -> list[int]:
     """Elements that are whole when the backward passes of two steps begin, after so many forward passes alone."""
     engine, lisa = lisa_dist.initialize(tiny_llama(), "zero3", lisa_dist.LisaConfig())
     rows, found = token_batches(1, rows=1)[0, 0], []
-    with probing(engine) as model:
+    with stage3.asking(engine) as model:
         for _ in range(passes):
             model(input_ids=rows)
     for _ in range(2):
