@@ -395,7 +395,10 @@ def test_every_recipe_takes_a_step_with_a_tiny_model(folder, tmp_path):
         rows = str(yaml.safe_load(recipe.read_text())["per_device_train_batch_size"])
         flags += ["--eval_rows", "8", "--global_batch_size", rows, "--gradient_accumulation_steps", "1"]
         flags += [] if "lisa_master: bf16_sr" in recipe.read_text() else ["--bf16", "false"]
-        run_well(flags, tmp_path)
+        if "sequence_parallel" in recipe.read_text():
+            on_two_ranks([*flags, "--sequence_parallel", "2", "--lisa_activated_layers", "2"], tmp_path)
+        else:
+            run_well(flags, tmp_path)
         state = json.loads((tmp_path / recipe.stem / "trainer_state.json").read_text())
         assert state["global_step"] == 2
         memory = json.loads((tmp_path / recipe.stem / "lisa_memory.json").read_text())
