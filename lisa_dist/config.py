@@ -9,11 +9,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from lisa_dist.config_rules import (
+    ADAPTERS,
+    ADAPTERS_RATE,
     FACTORED,
+    OPTIMIZED_BLOCKS,
     OUTER_BLOCKS,
     PLANNED_LAYERS,
     Form,
     StateBits,
+    check_adapters,
     check_blocks,
     check_choices,
     check_lr_scales,
@@ -84,8 +88,15 @@ class LisaConfig:
         "decoder layer, or a table of norms as norms.csv#lora.weight_norm/full.weight_norm, a column or one over "
         "another.",
     )
+    lisa_adapters: int | None = setting(
+        None,
+        "Rank of LoRA adapters on the linear modules of all decoder layers, which train in every period beside the "
+        "sampled layers; the exported model has them merged.",
+    )
     lisa_lr_scale: str = setting(
-        "", "Multiplies the learning rate by block, such as embed=0.5,head=0.5,layers=1; by default by 1."
+        "",
+        "Multiplies the learning rate by block, such as embed=0.5,head=0.5,layers=1; by default by 1, of adapters "
+        f"by {ADAPTERS_RATE:g}.",
     )
     lisa_always_on: str = setting(
         "embed,head,rest",
@@ -115,7 +126,7 @@ class LisaConfig:
     )
     lisa_offload: str = setting(
         "",
-        "Blocks whose masters and moments live and step on the host, of embed, head, rest, layers; the "
+        "Blocks whose masters and moments live and step on the host, of embed, head, rest, adapters, layers; the "
         "others' stay on the GPU, whatever the DeepSpeed config says of offload_optimizer. And frozen: the weights of "
         "frozen decoder layers, which are copied in one layer ahead of the pass; on ZeRO stages 1 and 2.",
     )
@@ -147,9 +158,11 @@ class LisaConfig:
         check_choices(self)
         check_periods(self)
         check_units(self)
+        check_adapters(self)
         check_states(self)
         # One way of writing each, so that a resumed run with another is no other run.
-        self.lisa_always_on, self.lisa_frozen = ",".join(self.always_on), ",".join(self.frozen)
+        self.lisa_frozen = ",".join(self.frozen)
+        self.lisa_always_on = ",".join(block for block in self.always_on if block != ADAPTERS)
         self.lisa_offload = ",".join((*self.offloaded, *(["frozen"] if self.streams else [])))
         self.lisa_budget = f"{100 * self.budget:.10g}%" if self.by_module else self.lisa_budget
         self.lisa_lr_scale = format_by_block("--lisa_lr_scale", self.lisa_lr_scale, self.lr_scales)
@@ -173,8 +186,9 @@ class LisaConfig:
 
     @property
     def always_on(self) -> tuple[str, ...]:
-        """Outer blocks that train in every period."""
-        return parse_blocks("--lisa_always_on", self.lisa_always_on, OUTER_BLOCKS)
+        """Outer blocks that train in every period, adapters among them."""
+        given = parse_blocks("--lisa_always_on", self.lisa_always_on, OUTER_BLOCKS)
+        return given if self.lisa_adapters is None else (*given, ADAPTERS)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -193,18 +207,19 @@ class LisaConfig:
 
     @property
     def lr_scales(self) -> dict[str, float]:
-        """What the learning rate of embed, head, rest and layers is multiplied by, where the user said so."""
-        return parse_by_block("--lisa_lr_scale", self.lisa_lr_scale, (*OUTER_BLOCKS, "layers"))
+        """What the learning rate of blocks is multiplied by, where that is not 1."""
+        given = parse_by_block("--lisa_lr_scale", self.lisa_lr_scale, OPTIMIZED_BLOCKS)
+        return given if self.lisa_adapters is None else {ADAPTERS: ADAPTERS_RATE} | given
 
     @property
     def state_bits(self) -> dict[str, StateBits]:
-        """Bits of the moments that the user gave, or "factored", for embed, head, rest and layers."""
+        """Bits of the moments that the user gave, or "factored", by block."""
         given = self.given_bits.items()
         return {block: bits if isinstance(bits, str) else int(bits) for block, bits in given}
 
     @property
     def given_bits(self) -> dict[str, float | str]:
-        return parse_by_block("--lisa_state_bits", self.lisa_state_bits, (*OUTER_BLOCKS, "layers"), words=(FACTORED,))
+        return parse_by_block("--lisa_state_bits", self.lisa_state_bits, OPTIMIZED_BLOCKS, words=(FACTORED,))
 
     @property
     def offloaded(self) -> tuple[str, ...]:
@@ -229,7 +244,7 @@ class LisaConfig:
 
     @property
     def _on_host(self) -> tuple[str, ...]:
-        return parse_blocks("--lisa_offload", self.lisa_offload, (*OUTER_BLOCKS, "layers", "frozen"))
+        return parse_blocks("--lisa_offload", self.lisa_offload, (*OPTIMIZED_BLOCKS, "frozen"))
 
     def check_num_layers(self, num_layers: int) -> None:
         """Raise when a model of so many decoder layers has too few to sample from."""

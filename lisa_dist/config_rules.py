@@ -19,6 +19,9 @@ AUTO_LAYERS: Any = "auto"  # in the place of a number of layers, until one is pl
 LORA_LAYERS: Any = "lora"  # the same, of as many as fit the memory of LoRA's step
 PLANNED_LAYERS = (AUTO_LAYERS, LORA_LAYERS)
 OUTER_BLOCKS = ("embed", "head", "rest")
+ADAPTERS = "adapters"  # the block of --lisa_adapters
+OPTIMIZED_BLOCKS = (*OUTER_BLOCKS, ADAPTERS, "layers")  # that learning rates and states are given by
+ADAPTERS_RATE = 10.0  # their learning rate, in units of the layers', where none is given
 FACTORED = "factored"  # in the place of bits: a second moment by row and column, and no first one
 StateBits = int | str
 
@@ -77,6 +80,19 @@ def check_units(config: Any) -> None:
         raise UserError(f"{flag}: {config.sampled[0]} would be sampled in the place of layers; {way_out}.")
 
 
+def check_adapters(config: Any) -> None:
+    rank = config.lisa_adapters
+    if rank is None:
+        for flag in ("lisa_lr_scale", "lisa_state_bits", "lisa_offload"):
+            if ADAPTERS in (given := getattr(config, flag)):
+                raise UserError(f"--{flag} {given}: there are no adapters; give --lisa_adapters, their rank, too.")
+        return
+    if not (isinstance(rank, int) and rank >= 1):
+        raise UserError(f"--lisa_adapters {rank}: the rank of an adapter is at least 1; for none leave it out.")
+    if config.lisa_unit == "module":
+        raise UserError(f"--lisa_adapters {rank} with --lisa_unit module: they are beside whole layers; leave one out.")
+
+
 def check_weights(config: Any) -> None:
     if config.lisa_weights_file is not None and config.lisa_sampler not in ("weighted", "balanced"):
         flag = f"--lisa_sampler {config.lisa_sampler} with --lisa_weights_file {config.lisa_weights_file}"
@@ -109,10 +125,11 @@ def check_blocks(config: Any) -> None:
             f"{', '.join(sorted(both))}: a block is one or the other."
         )
     none = "--lisa_activated_layers 0"
-    if config.lisa_activated_layers == 0 and not {"embed", "head"} & set(config.always_on):
+    if config.lisa_activated_layers == 0 and not {"embed", "head", ADAPTERS} & set(config.always_on):
         raise UserError(
             f"{none} with --lisa_always_on {config.lisa_always_on}: no layer is sampled, and neither embed nor head "
-            "trains: nothing to train but norms. Sample a layer, or leave embed or head always-trained."
+            "trains: nothing to train but norms. Sample a layer, leave embed or head always-trained, or give "
+            "--lisa_adapters."
         )
     if config.lisa_activated_layers == 0 and config.sampled:
         raise UserError(

@@ -16,6 +16,7 @@ from lisa_dist.checkpoint.folders import put_in_place
 from lisa_dist.checkpoint.optimizer_states import STATE_FILES
 from lisa_dist.checkpoint.resume import read_state
 from lisa_dist.checkpoint.weights import has_weights, rename, weight_files, write_index
+from lisa_dist.core.adapters import ADAPTER_FILE, merge, weight_of
 from lisa_dist.distributed.collectives import describe_files
 from lisa_dist.errors import UserError
 from lisa_dist.run_folder import STATE_NAME
@@ -32,10 +33,11 @@ _NOT_THE_MODEL = (
 )
 
 
-def export_checkpoint(folder: str | Path, out: str | Path) -> None:
+def export_checkpoint(folder: str | Path, out: str | Path, keep_adapter: bool = False) -> None:
     """Turn a checkpoint into a folder that `from_pretrained` loads, with nothing else in it; needs no ranks and no GPU.
 
-    Raises ValueError when a file of the checkpoint is damaged, or `out` exists.
+    Adapters are merged into the weights; with `keep_adapter` they are in a folder of PEFT's beside these. Raises
+    ValueError when a file of the checkpoint is damaged, or `out` exists.
     """
     folder, out = Path(folder), Path(out)
     if not (folder / STATE_NAME).is_file():
@@ -51,9 +53,10 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
         raise UserError(f"{out}: {out.parent} can be no folder ({error.strerror}); choose another.") from error
     staging = Path(tempfile.mkdtemp(prefix=f"tmp-{out.name}-", dir=out.parent))
     try:
-        _export_weights(folder, staging)
+        _export_weights(folder, staging, keep_adapter)
         for name in state["files"]:
-            if not any(fnmatch(name, pattern) for pattern in _NOT_THE_MODEL):
+            of_adapter = name.startswith(ADAPTER_FILE.partition("/")[0] + "/")
+            if keep_adapter if of_adapter else not any(fnmatch(name, pattern) for pattern in _NOT_THE_MODEL):
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, staging / name)
         describe_files(staging)  # flushes them
@@ -62,7 +65,7 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _export_weights(folder: Path, out: Path) -> None:
+def _export_weights(folder: Path, out: Path, keep_adapter: bool) -> None:
     """Copy a checkpoint's weights, file by file, under the names of the files on the hub; needs no ranks and no GPU."""
     architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
     model_class: Any = getattr(transformers, architectures[0], None)
@@ -72,8 +75,16 @@ def _export_weights(folder: Path, out: Path) -> None:
         with torch.device("meta"):
             model = model_class(model_class.config_class.from_pretrained(folder))
     file_by_name, nbytes = dict[str, str](), 0
-    for file_name in weight_files(folder):
+    files, adapters, config = weight_files(folder), dict[str, torch.Tensor](), dict[str, Any]()
+    if ADAPTER_FILE in files:
+        files.remove(ADAPTER_FILE)
+        if not keep_adapter:
+            adapters = load_file(folder / ADAPTER_FILE)
+            config = json.loads((folder / ADAPTER_FILE).with_name("adapter_config.json").read_text(encoding="utf-8"))
+    for file_name in files:
         tensors = load_file(folder / file_name)
+        of_file = {name: value for name, value in adapters.items() if weight_of(name) in tensors}
+        tensors = merge(tensors | of_file, config)
         tensors = tensors if model is None else rename(model, tensors)
         (out / file_name).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out / file_name, metadata={"format": "pt"})

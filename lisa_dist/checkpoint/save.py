@@ -5,6 +5,7 @@ A folder `checkpoint-N` contains
 - the model as `save_pretrained` writes it, all blocks, frozen or not, each in a file of its own. A block that has not
   changed since the last checkpoint beside it is a hard link to that one's file;
 - `lisa_optimizer-RANK-of-RANKS.safetensors`: masters and moments of active blocks and of kept ones, by parameter name;
+- `adapter/`: with --lisa_adapters, PEFT's files of the adapters;
 - `lisa_movement.safetensors`: samples of the weights at the start, by which later movement is measured;
 - `lisa_state.json`: format, step, period, active layers, settings, versions, and the SHA-256 of every other file.
 
@@ -39,6 +40,8 @@ from lisa_dist.checkpoint.weights import (
     save_without_weights,
     write_index,
 )
+from lisa_dist.config_rules import ADAPTERS
+from lisa_dist.core.adapters import ADAPTER_FILE
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.period_log import MOVEMENT_FILE
 from lisa_dist.core.run_state import SavedBlocks
@@ -158,8 +161,11 @@ class _Save(contextlib.AbstractContextManager["_Save"]):
         with together(self.folder):
             if self.writes:
                 linked = link_unchanged(self._files, self._changed, self.lisa.changes.saved, self.staging)
-                file_by_name = {name: file.name for file in self._files for name in file.tensors}
-                nbytes = sum(file.nbytes for file in self._files)
+                of_model = [file for file in self._files if file.block != ADAPTERS]
+                file_by_name = {name: file.name for file in of_model for name in file.tensors}
+                nbytes = sum(file.nbytes for file in of_model)
+                if len(of_model) < len(self._files):
+                    engine.module.peft_config["default"].save_pretrained(str((self.staging / ADAPTER_FILE).parent))
                 write_index(self.staging / SAFE_WEIGHTS_INDEX_NAME, file_by_name, nbytes)
         self._linked = next(found for found in gather(linked) if found is not None)
         files = [file for file in self._files if file.name not in self._linked]

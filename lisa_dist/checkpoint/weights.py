@@ -1,8 +1,8 @@
 """The model's weights to files and back, one block at a time, so that ZeRO-3 never gathers a whole model anywhere.
 
 `from_pretrained` loads them all. A model that is saved has the files of `save_pretrained`: `model.safetensors`, or
-shards with an index. A checkpoint has a file for each block, under the model's own names, and an index; one that has
-not changed is linked to the last checkpoint's.
+shards with an index, and adapters merged. A checkpoint has a file for each block, under the model's own names, and an
+index; one that has not changed is linked to the last checkpoint's. Adapters are in a folder of PEFT's beside them.
 """
 
 import json
@@ -26,6 +26,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from lisa_dist.checkpoint.optimizer_states import copy_on_host
+from lisa_dist.config_rules import ADAPTERS
+from lisa_dist.core.adapters import ADAPTER_FILE, adapter_config, merge, weight_of
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.run_state import SavedBlocks
 from lisa_dist.distributed.collectives import gather, sharing_errors, together
@@ -54,12 +56,12 @@ def write_weights(
 
     The first rank of each host that sees `folder` writes its shards at the same time as the others theirs, and needs
     memory for one of `max_shard_size` bytes. The rank with `writes` adds the index. The names are those of the files on
-    the hub: transformers loads some models under others, as with fused experts. Raises SaveError on all ranks when one
-    cannot write.
+    the hub: transformers loads some models under others, as with fused experts; adapters are merged. Raises SaveError
+    on all ranks when one cannot write.
     """
     model, rank = engine.module, dist.get_rank()
     drop_prefetched(engine)
-    shards = list(_fill_shards([tensors for _, tensors in named_parts(model, blocks)], max_shard_size))
+    shards = list(_fill_shards(_parts_with_adapters(model, blocks), max_shard_size))
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -99,7 +101,7 @@ def _gather_shard(
         with deepspeed.zero.GatheredParameters(list(tensors.values())):
             if dist.get_rank() == writer:
                 part = {name: copy_on_host(whole_weights(value)) for name, value in tensors.items()}
-                shard |= rename(model, part)
+                shard |= rename(model, merge(part, adapter_config(model)))
     return shard
 
 
@@ -153,9 +155,10 @@ def read_weights(engine: deepspeed.DeepSpeedEngine, blocks: Blocks, folder: Path
         described = _describe_tensors(files)
     of_ranks = gather(described)
     reader_of = {name: reader for reader, found in enumerate(of_ranks) for name in found}
-    parts = [tensors for _, tensors in named_parts(model, blocks)]
-    expected = {name: value for part in parts for name, value in part.items()}
     saved = {name: about for found in of_ranks for name, about in found.items()}
+    new = ADAPTERS if not same_dtype and saved.keys().isdisjoint(blocks.adapters.parameters) else None  # to this model
+    parts = [tensors for block, tensors in named_parts(model, blocks) if block != new]
+    expected = {name: value for part in parts for name, value in part.items()}
     _check_same_model(model, expected, saved, folder, same_dtype)
     for shard_of in _deal_out(parts, reader_of, readers):
         with sharing_errors(OSError):
@@ -223,6 +226,16 @@ def named_parts(model: torch.nn.Module, blocks: Blocks) -> list[tuple[str, dict[
     return [*parts, (BUFFERS, {name: value for name, value in model.named_buffers() if name in saved})]
 
 
+def _parts_with_adapters(model: torch.nn.Module, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
+    """The same, and the adapters in the part of the weights that they are beside."""
+    adapters = {name: (weight_of(name), value) for name, value in blocks.adapters.parameters.items()}
+    return [
+        part | {name: value for name, (weight, value) in adapters.items() if weight in part}
+        for block, part in named_parts(model, blocks)
+        if block != ADAPTERS
+    ]
+
+
 def _fill_shards(
     parts: Iterable[dict[str, torch.Tensor]], max_shard_size: int
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -253,17 +266,20 @@ def rename(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The files that a model's weights are in, as its index names them. Raises UserError for names outside `folder`."""
-    path = folder / SAFE_WEIGHTS_INDEX_NAME
+    """The files that a model's weights are in, as its index names them, and that of adapters where there is one.
+
+    Raises UserError for names outside `folder`.
+    """
+    path, adapters = folder / SAFE_WEIGHTS_INDEX_NAME, [ADAPTER_FILE] if (folder / ADAPTER_FILE).is_file() else []
     if not path.is_file():
-        return [SAFE_WEIGHTS_NAME]
+        return [SAFE_WEIGHTS_NAME, *adapters]
     names = set((read_object(path).get("weight_map") or {}).values())
     if (foreign := find_foreign_name(names)) is not None:
         raise UserError(
             f"{path} names the file {foreign!r}: weights lie in the folder of their index; use a copy from whoever "
             "wrote it."
         )
-    return sorted(names)
+    return sorted(names) + adapters
 
 
 def _open_weights(folder: Path, names: Iterable[str]) -> dict[str, safe_open]:
@@ -322,12 +338,14 @@ class BlockFile:
 
 
 def block_files(model: torch.nn.Module, blocks: Blocks) -> list[BlockFile]:
-    """The files of a model, in the order of its blocks; persistent buffers are one more."""
-    parts = [(block, tensors) for block, tensors in named_parts(model, blocks) if tensors]
-    return [
+    """The files of a model, in the order of its blocks; persistent buffers are one more, adapters PEFT's."""
+    parts = [(block, tensors) for block, tensors in named_parts(model, blocks) if tensors and block != ADAPTERS]
+    files = [
         BlockFile(f"model-{number:05d}-of-{len(parts):05d}.safetensors", block, tensors, _nbytes(tensors))
         for number, (block, tensors) in enumerate(parts, start=1)
     ]
+    adapters: dict[str, torch.Tensor] = {**blocks.adapters.parameters}
+    return [*files, BlockFile(ADAPTER_FILE, ADAPTERS, adapters, _nbytes(adapters))] if adapters else files
 
 
 def saved_blocks(folder: Path, described: Mapping[str, dict[str, Any]], files: Sequence[BlockFile]) -> SavedBlocks:

@@ -4,6 +4,7 @@
 - layers[i]: decoder layer i;
 - head: the language-modelling head. A head tied to the embedding is the same matrix: it is in embed, and head is empty;
 - rest: the final norm and whatever else of the language model is neither;
+- adapters: those of --lisa_adapters, where there are any (`adapters.py`);
 - outside, which LISA never trains: what does not belong to the language model (a vision tower and its projector), and
   parameters that were frozen before LISA came.
 """
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from lisa_dist.config_rules import ADAPTERS
 from lisa_dist.core.matrices import matrices_of
 from lisa_dist.errors import UserError
 from lisa_dist.patches import patched
@@ -76,13 +78,14 @@ class Blocks:
     layers_path: str
     num_layers: int
     frozen_numel: int = 0
+    adapters: Block = field(default_factory=lambda: Block(ADAPTERS))
 
     def __iter__(self) -> Iterator[Block]:
-        return iter([self.embed, *self.layers, self.head, self.rest, self.outside])
+        return iter([self.embed, *self.layers, self.head, self.rest, self.adapters, self.outside])
 
     def outer(self, name: str) -> Block:
-        """The block called embed, head or rest."""
-        return {"embed": self.embed, "head": self.head, "rest": self.rest}[name]
+        """The block called embed, head, rest or adapters."""
+        return {one.name: one for one in (self.embed, self.head, self.rest, self.adapters)}[name]
 
     def give_back(self) -> None:
         """Let what LISA has frozen require gradients again; but not what is quantized, which cannot train."""

@@ -30,6 +30,7 @@ from torch import distributed as dist
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.activation_checkpointing import check_checkpointing, let_backward_end
+from lisa_dist.core.adapters import add_adapters
 from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_quantized, check_weights
 from lisa_dist.core.frozen_layers import make_room_for_weights, quantize_frozen_layers
@@ -88,6 +89,8 @@ class LisaController:
         self.blocks.decay_by(model, decaying)
         check_weights(self.blocks)
         self.blocks.leave_out_frozen()
+        if config.lisa_adapters is not None:
+            add_adapters(model, self.blocks, config.lisa_adapters, config.lisa_seed)
         self.selection = BlockSelection(config, self.blocks)
         self.period = 0
         self.active = self.selection.sample(0)

@@ -42,6 +42,11 @@ def changed_settings(
             f"--lisa_unit {config.lisa_unit}: the run saved at step {step} sampled by {saved['lisa_unit']}; give that, "
             "or begin a new run from its weights."
         )
+    if saved["lisa_adapters"] != config.lisa_adapters:
+        raise UserError(
+            f"--lisa_adapters {config.lisa_adapters}: the run saved at step {step} had {saved['lisa_adapters']}; give "
+            "that, or begin a new run from its exported weights."
+        )
     if len(state["visit_counts"]) != num_layers:
         raise UserError(
             f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has {num_layers}."

@@ -84,7 +84,8 @@ class StepEstimate:
     def run(self, workload: Workload) -> FakeRun:
         """The model that computes a micro-batch."""
         config = self.config
-        workload = replace(workload, frozen_bits=config.frozen_form, streams=config.streams, by_module=config.by_module)
+        of_layers: dict[str, Any] = {"by_module": config.by_module, "adapters": config.lisa_adapters}
+        workload = replace(workload, frozen_bits=config.frozen_form, streams=config.streams, **of_layers)
         return self.runs.of(workload, self.lora_rank, config.lisa_layers_attribute)
 
     def of(

@@ -25,6 +25,7 @@ from transformers import (
 
 from lisa_dist.config_rules import StateBits
 from lisa_dist.core.activation_checkpointing import checkpoint_layers, tile_mlps
+from lisa_dist.core.adapters import add_adapters
 from lisa_dist.core.blocks import find_blocks, split_into_modules, without_zero3_init
 from lisa_dist.core.live_bytes import AllocationTracker
 from lisa_dist.core.matrices import Matrix, quantizable_matrices
@@ -166,6 +167,9 @@ class FakeRun:
         self._tiles = tile_mlps(self.model, self.blocks)
         of_layers = quantizable_matrices(self.model, [layer.parameters for layer in self.blocks.layers])
         self.matrices = [list(matrices.values()) for matrices in of_layers]
+        if workload.adapters is not None:
+            with self._mode:
+                add_adapters(self.model, self.blocks, workload.adapters)
         if workload.by_module:
             self.blocks = split_into_modules(self.model, self.blocks)
         self._parameters = dict(self._run.named_parameters())

@@ -1,6 +1,7 @@
 """Parameters of a model, whole or cut by ZeRO-3: their sizes, and what this rank holds of them."""
 
 import math
+import re
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,14 @@ class Original(Protocol):
 
 
 _ORIGINAL = "lisa_original"  # on a parameter
+ADAPTER_PREFIX = "base_model.model."  # of the names in PEFT's files
+_ADAPTER = re.compile(r"\.(lora_[AB])\.default\.weight$")
+
+
+def file_name(name: str) -> str:
+    """The name that the model's files have a parameter by, or PEFT's an adapter; without adapters its own."""
+    adapter, found = _ADAPTER.subn(r".\1.weight", name)
+    return ADAPTER_PREFIX + adapter if found else name.replace(".base_layer.", ".")
 
 
 def set_original(parameter: torch.nn.Parameter, original: Original | None) -> None:

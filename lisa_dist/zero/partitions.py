@@ -41,7 +41,8 @@ class ZeroPartitions:
         check_pin_memory_backend()
         self.engine = engine
         self._stage = stage_of(engine)
-        self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        named = engine.module.named_parameters()
+        self._names = {id(parameter): parameters.file_name(name) for name, parameter in named}
         self._placeholders: dict[int, torch.nn.Parameter] = {}
         self._forward_hooks: list[RemovableHandle] = []
         check_private_names(engine, self._stage, CARRIED_FIELDS)

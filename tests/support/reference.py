@@ -90,6 +90,20 @@ def train_reference(
     return losses
 
 
+class Adapted(torch.nn.Module):
+    """A linear module and its adapter: W x + scale B A x, where B begins as 0."""
+
+    def __init__(self, linear: torch.nn.Module, of_inputs: torch.Tensor, scale: float):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.of_inputs = torch.nn.Parameter(of_inputs.clone())
+        width = linear.weight.shape[0 if isinstance(linear, torch.nn.Linear) else 1]  # GPT-2 has it the other way
+        self.of_outputs = torch.nn.Parameter(torch.zeros(width, len(of_inputs)))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.linear(inputs) + self.scale * (inputs @ self.of_inputs.T) @ self.of_outputs.T
+
+
 def train_reference_by_blocks(
     model: torch.nn.Module,
     blocks_of_period: Sequence[Sequence[int | str]],

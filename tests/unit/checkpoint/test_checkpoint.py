@@ -30,6 +30,7 @@ STEPS, INTERVAL = 8, 3
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.4,head=0.4"}
+ADAPTERS = {"lisa_adapters": 4}
 ADAPTIVE = {"lisa_sampler": "adaptive", "lisa_activated_layers": 3}
 # After the last step of a period, where the next one switches; after the first step of one; before its last.
 CUTS = {"switch step": 3, "first step": 4, "last step": 5}
@@ -126,6 +127,9 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
         full("zero2", {"optim": "lisa_adamw", "tied": True, "lisa": FACTORED}),
         ("zero3", {"optim": "lisa_adamw", "lisa": FACTORED | DRAWN | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
         full("zero2", {"lisa": ADAPTIVE}),
+        ("zero2", {"optim": "lisa_adamw", "lisa": ADAPTERS | {"lisa_frozen_bits": 4}}),
+        full("zero2", {"lisa": ADAPTERS | {"lisa_frozen_bits": 8, "lisa_state": "keep"}}),
+        ("zero3", {"accumulation": 2, "tied": True, "lisa": ADAPTERS | {"lisa_offload": "adapters"}}),
         ("zero2", {"lisa": {"lisa_sampler": "balanced", "lisa_lr_scale": "embed=0.5,layers=2"}}),
         full("zero3", {"lisa": {"lisa_sampler": "reshuffle", "lisa_lr_scale": "head=0.25", "lisa_state": "keep"}}),
         ("zero3", {"lisa": ADAPTIVE | {"lisa_state": "keep"}}),
@@ -200,6 +204,7 @@ BF16 = {"dtype": torch.bfloat16}
         full(THEIRS, 6, ("zero2", 2), [("zero3", 2, OURS)], 2e-3),
         (LISA_ADAMW | BF16, 5, ("zero2", 2), [("zero3", 2, NO_MASTERS)], 0.01),
         (NO_MASTERS | BF16, 5, ("zero2", 2), [("zero3", 2, LISA_ADAMW)], 0.01),
+        ({"lisa": ADAPTERS}, 5, ("zero2", 2), [("zero3", 1, {}), ("zero2", 4, {})], 1e-5),
     ],
 )
 def test_another_world_size_stage_and_form_go_on_with_the_same_losses(tmp_path, options, cut, before, after, tolerance):

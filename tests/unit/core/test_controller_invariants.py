@@ -16,7 +16,7 @@ from cases import STAGES, full
 from engines import full_weights, train_step
 from models import tiny_gpt2, tiny_llama, token_batches
 from ranks import run_ranks, without_collection
-from reference import train_reference_by_blocks
+from reference import Adapted, train_reference_by_blocks
 from torch import distributed as dist
 from transformers.pytorch_utils import Conv1D
 
@@ -74,6 +74,7 @@ def train_and_check(ds_config: str, build, dtype: torch.dtype, options: dict) ->
     stage, world_size = engine.zero_optimization_stage(), dist.get_world_size()
     losses, sets, masters, dtypes = [], [], {}, {}
     weights = full_weights(engine)
+    adapters = {name: value for name, value in weights.items() if name in lisa.blocks.adapters.parameters}
     for micro_batches in token_batches(STEPS, rows=4, micro_batches=accumulation):
         losses.append(train_step(engine, lisa, micro_batches))
         sets.append((*lisa.active_layers, *lisa.active_blocks))
@@ -111,6 +112,7 @@ def train_and_check(ds_config: str, build, dtype: torch.dtype, options: dict) ->
         "losses": losses,
         "layers_of_period": sets[::INTERVAL],
         "visits": lisa.visit_counts,
+        "adapters": adapters,
         "host_bytes": hosts,
         "dtypes": dtypes,
     }
@@ -124,8 +126,8 @@ def linear_modules(model) -> list[torch.nn.Module]:
     return [one for one in layers_of(model).modules() if isinstance(one, torch.nn.Linear | Conv1D)]
 
 
-def reference_losses(build, blocks_of_period, options: dict) -> list[float]:
-    """`blocks_of_period` are layers by number and sampled outer blocks by name."""
+def reference_losses(build, blocks_of_period, options: dict, adapters: dict[str, torch.Tensor]) -> list[float]:
+    """`blocks_of_period` are layers by number and sampled outer blocks by name; `adapters` as they began."""
     model, settings = build(), options.get("lisa", {})
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     scales, bits, linear = options.get("scales", {}), settings.get("lisa_state_bits", ""), None
@@ -136,6 +138,12 @@ def reference_losses(build, blocks_of_period, options: dict) -> list[float]:
     matrices += [("embed", model.transformer.wpe)] if hasattr(model, "transformer") else []
     if settings.get("lisa_unit") == "module":
         linear = [torch.nn.ParameterList([one.weight]) for one in linear_modules(model)]
+    elif adapters:
+        linear = [torch.nn.ParameterList(layer.parameters()) for layer in layers_of(model)]
+        for path, module in [(name, one) for name, one in model.named_modules() if one in linear_modules(model)]:
+            adapted = Adapted(module, adapters[f"base_model.model.{path}.lora_A.weight"], scale=2.0)
+            scale_of |= {id(one): scales.get("adapters", 10.0) for one in (adapted.of_inputs, adapted.of_outputs)}
+            model.set_submodule(path, adapted)
     return train_reference_by_blocks(
         model,
         blocks_of_period,
@@ -154,7 +162,7 @@ def reference_losses(build, blocks_of_period, options: dict) -> list[float]:
 def check_against_reference(ds_config: str, options: dict) -> dict:
     build, world_size = options.get("build", tiny_llama), options.get("ranks", 2)
     outcome = run_ranks(train_and_check, world_size, ds_config, build, torch.float32, options)[0]
-    reference = reference_losses(build, outcome["layers_of_period"], options)
+    reference = reference_losses(build, outcome["layers_of_period"], options, outcome["adapters"])
     within = 1e-5 if world_size == 2 else 2e-5  # of four ranks' sums the order makes 1.4e-5, by the processor
     assert outcome["losses"] == pytest.approx(reference, abs=within)
     assert len(set(outcome["layers_of_period"])) > 1 or options["lisa"]["lisa_activated_layers"] == 0, "needs a switch"
@@ -179,6 +187,7 @@ SAMPLED_OUTER = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.3,
 SAMPLED_OUTER |= {"lisa_activated_layers": 1}  # periods that train a layer, the embedding or the head, each alone
 MODULES = {"lisa_unit": "module", "lisa_budget": "8%"}
 # The rest's rate, which no scale names, is the schedule's.
+ADAPTERS = {"lisa_adapters": 4}
 SCALED = with_lisa(
     {"lisa_lr_scale": "embed=0.5,head=0.25,layers=2.0"}, scales={"embed": 0.5, "head": 0.25, "layers": 2.0}
 )
@@ -219,6 +228,12 @@ FROZEN_EMBED = with_lisa(NO_EMBED, RESHUFFLE, **CHECKPOINTING)
         full("zero2_offload", with_lisa(RESET_ALL, build=tiny_gpt2)),
         full("zero2", FROZEN_EMBED),
         ("zero3", FROZEN_EMBED),
+        full("zero1", with_lisa(ADAPTERS, ranks=1)),
+        ("zero1", with_lisa(ADAPTERS, build=tiny_gpt2)),
+        ("zero2", with_lisa(ADAPTERS, {"lisa_lr_scale": "adapters=3"}, scales={"adapters": 3.0}, ranks=4, **LISA_ADAMW)),
+        ("zero3", with_lisa(ADAPTERS, **CHECKPOINTING, **ACCUMULATION)),
+        full("zero3", with_lisa(ADAPTERS, {"lisa_state": "keep"}, ranks=4)),
+        full("zero2_offload", with_lisa(ADAPTERS)),
     ],
 )
 def test_losses_equal_the_reference(ds_config, options):
@@ -249,7 +264,7 @@ def test_modules_are_sampled_by_themselves(ds_config, build, settings):
     assert len({len(modules) for modules in outcome["layers_of_period"]}) > 1, "the test needs periods of two sizes"
 
 
-@pytest.mark.parametrize(("ds_config", "settings"), [("zero3", {}), full("zero2", NO_EMBED)])
+@pytest.mark.parametrize(("ds_config", "settings"), [("zero3", {}), full("zero2", NO_EMBED), full("zero2", ADAPTERS)])
 def test_what_is_always_on_trains_alone(ds_config, settings):
     """Whatever the settings are of layers that are never sampled."""
     never = {"lisa_state": "keep", "lisa_sampler": "adaptive", "lisa_activated_layers": 0}
@@ -303,7 +318,7 @@ IN_8_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8", "lisa_state": "keep"}
 def test_losses_in_bf16_are_near_the_reference(ds_config, options):
     """What is inactive is bit-identical and ranks agree, as in every run here."""
     outcome = run_ranks(train_and_check, 2, ds_config, tiny_llama, torch.bfloat16, options)[0]
-    reference = reference_losses(lambda: tiny_llama().bfloat16().float(), outcome["layers_of_period"], options)
+    reference = reference_losses(lambda: tiny_llama().bfloat16().float(), outcome["layers_of_period"], options, {})
     assert outcome["losses"] == pytest.approx(reference, abs=3e-3)  # rounding makes up to 1e-3
 
 
