@@ -55,6 +55,7 @@ HELP = {
         "optim": "as in training",
         "checkpointed_layers": "none, all, a number, or auto: the fewest that fit",
         "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora",
+        "lisa_adapters": "rank of LoRA adapters that train beside them",
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
         "lisa_frozen": "of embed, head, rest: never trained",
         "lisa_state": "at a switch: reset, reset_all, keep (on the host)",

@@ -27,9 +27,12 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 def add_adapters(model: Any, blocks: Blocks, rank: int, seed: int = 0) -> None:
     """Put adapters of a rank beside the linear modules of all decoder layers; their parameters go to their block.
 
-    What else trains or not stays as it was. All ranks get the same adapters. Raises UserError for a rank that is larger
-    than a matrix, and where there is no linear module that is used by its own forward alone.
+    What else trains or not stays as it was. All ranks get the same adapters, and a later run of the model goes on with
+    them. Raises UserError for a rank that is larger than a matrix, and where no linear module is used by its own
+    forward alone.
     """
+    if blocks.adapters.parameters:  # of an earlier run of this model
+        return
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
 
     of_layers = quantizable_matrices(model, [layer.parameters for layer in blocks.layers])
@@ -61,6 +64,7 @@ def add_adapters(model: Any, blocks: Blocks, rank: int, seed: int = 0) -> None:
         else:
             parameter.data = parameter.data.to(next(iter(linear.values())).parameter.dtype)
             blocks.adapters.parameters[file_name(name)] = parameter
+    vars(model)["lisa_dist_adapters"] = rank
 
 
 def adapter_config(model: Any) -> dict[str, Any]:

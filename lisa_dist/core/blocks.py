@@ -27,7 +27,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.patches import patched
 from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line
-from lisa_dist.zero.parameters import original_of, parameter_numel, parameter_shape
+from lisa_dist.zero.parameters import ADAPTER_PREFIX, file_name, original_of, parameter_numel, parameter_shape
 
 # On a parameter that LISA has frozen, so that a later run in the same process does not take it for the user's choice.
 _FROZEN_BY_LISA = "lisa_dist_frozen"
@@ -189,6 +189,9 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
         for parameter in parameters:
             owner.setdefault(id(parameter), block)
 
+    names = {id(parameter): file_name(name) for name, parameter in model.named_parameters()}
+    adapters = Block(ADAPTERS)  # of an earlier run
+    claim((one for one in model.parameters() if names[id(one)].startswith(ADAPTER_PREFIX)), adapters)
     for block, layer in zip(layers, layer_list, strict=True):
         claim(layer.parameters(), block)
     claim(embedding.parameters(), embed)
@@ -204,9 +207,9 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
     claim(backbone.parameters(), rest)
     if language_model is not None:
         claim(language_model.parameters(), rest)  # a reward model's score, a head's own norm
-    for name, parameter in model.named_parameters():
-        owner.get(id(parameter), outside).parameters[name] = parameter
-    return Blocks(embed, layers, head, rest, outside, tied, layers_path, num_layers=len(layers))
+    for parameter in model.parameters():
+        owner.get(id(parameter), outside).parameters[names[id(parameter)]] = parameter
+    return Blocks(embed, layers, head, rest, outside, tied, layers_path, num_layers=len(layers), adapters=adapters)
 
 
 def split_into_modules(model: nn.Module, blocks: Blocks) -> Blocks:

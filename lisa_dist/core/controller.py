@@ -79,7 +79,7 @@ class LisaController:
         check_deepspeed()
         override_construction()
         self.config = config
-        check_no_adapters(model)
+        check_no_adapters(model, config.lisa_adapters)
         check_not_quantized(model)
         prepare_device()
         has_weights = not (config.frozen_flags and make_room_for_weights(model))

@@ -55,15 +55,19 @@ def check_eval_frozen_bits(bits: int | None, config: LisaConfig) -> None:
         )
 
 
-def check_no_adapters(model: nn.Module) -> None:
-    """Raise UserError for a model of peft's, or with adapters in it: LISA would train the weights below them."""
+def check_no_adapters(model: nn.Module, rank: int | None = None) -> None:
+    """Raise UserError for a model of peft's, or with other adapters in it than --lisa_adapters of this rank gives."""
+    ours = vars(model).get("lisa_dist_adapters")
+    if ours is not None and ours == rank:
+        return
     peft = sys.modules.get("peft")  # which has been imported where there are any
     if peft is not None:
         kinds = (peft.tuners.tuners_utils.BaseTunerLayer, peft.PeftModel)
         if any(isinstance(module, kinds) for module in model.modules()):
             raise UserError(
                 f"{type(model).__name__} has adapters (peft): LISA trains the model's own weights; give it the model "
-                "without them, after merge_and_unload(), or train adapters by --method lora."
+                "without them, after merge_and_unload(), and --lisa_adapters for new ones beside its layers; --method "
+                "lora trains adapters alone."
             )
 
 

@@ -162,7 +162,7 @@ class StepPlan:
             gathered=self._gathered(is_first=True)(None),
             gradients=gradients + self._shared_weights(trained=True),  # which go with them, after the step
             peak_backward=static + peak.total,
-            peak_step=static + step_peak + self._shared_weights(trained=True),
+            peak_step=static - self._persistent + step_peak + self._shared_weights(trained=True),
             gradients_by_then=peak.gradients,
             buckets_by_then=peak.buckets,
             pool=self._pool(peak, step_peak),
@@ -323,13 +323,19 @@ class StepPlan:
     def _buffers(self) -> int:
         tables = table_bytes() if self.optim == LISA_ADAMW and self._has_8_bits else 0
         if self._stage == 3:
-            numels = [] if self._shares_are_whole else [parameter.numel() for parameter in self.run.model.parameters()]
-            persistent = sum(numel for numel in numels if numel <= self.settings.persistence_threshold) * self._element
             partitions = 0 if self._offloads else self._partition_bytes
-            return self._bucket_bytes + persistent + self._shared_weights(trained=False) + partitions + tables
+            return self._bucket_bytes + self._persistent + self._shared_weights(trained=False) + partitions + tables
         return (self._largest_gradient if self._offloads else 0) + tables
 
     # Stage 3: whole weights
+
+    @property
+    def _persistent(self) -> int:
+        """Bytes of small weights that are whole until the step, which lets go of them."""
+        if self._stage < 3 or self._shares_are_whole:
+            return 0
+        numels = [parameter.numel() for parameter in self.run.model.parameters()]
+        return sum(numel for numel in numels if numel <= self.settings.persistence_threshold) * self._element
 
     @property
     def _shares_are_whole(self) -> bool:

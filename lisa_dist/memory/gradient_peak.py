@@ -270,11 +270,13 @@ def _blocks_in_forward_order(run: FakeRun, trained: set[int]) -> list[Block]:
     def trains(block: Block) -> bool:
         return any(id(parameter) in trained for parameter in block.parameters.values())
 
-    order = [*blocks.layers, blocks.rest, blocks.embed if blocks.tied else blocks.head]
-    has_adapters = len(list(run.model.parameters())) > sum(len(block.parameters) for block in blocks)
-    if not has_adapters and not trains(blocks.embed) and not run.workload.checkpointed_layers:
-        lowest = next((index for index, layer in enumerate(blocks.layers) if trains(layer)), len(blocks.layers))
-        return order[lowest:]
+    layers = blocks.layers
+    if blocks.adapters.parameters:  # which a layer is gathered with
+        modules = run.model.get_submodule(blocks.layers_path).children()
+        layers = [Block("layer", dict(module.named_parameters())) for module in modules]
+    order = [*layers, blocks.rest, blocks.embed if blocks.tied else blocks.head]
+    if not trains(blocks.embed) and not run.workload.checkpointed_layers:
+        return order[next((index for index, layer in enumerate(layers) if trains(layer)), len(layers)) :]
     if not blocks.tied and trains(blocks.embed):
         return [blocks.embed, *order]
     return order

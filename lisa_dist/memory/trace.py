@@ -155,6 +155,8 @@ class FakeRun:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with _report_model_errors(config), torch.device("meta"):
             self.model = _build_model(config, workload)
+            if workload.adapters is not None:
+                add_adapters(self.model, find_blocks(self.model, layers_attribute), workload.adapters)
             self._has_loss: list[bool] = []  # True once the model computes the loss of its workload
             if lora_rank:  # TRL's head is for a model without adapters
                 self._set_loss()
@@ -167,9 +169,6 @@ class FakeRun:
         self._tiles = tile_mlps(self.model, self.blocks)
         of_layers = quantizable_matrices(self.model, [layer.parameters for layer in self.blocks.layers])
         self.matrices = [list(matrices.values()) for matrices in of_layers]
-        if workload.adapters is not None:
-            with self._mode:
-                add_adapters(self.model, self.blocks, workload.adapters)
         if workload.by_module:
             self.blocks = split_into_modules(self.model, self.blocks)
         self._parameters = dict(self._run.named_parameters())

@@ -168,6 +168,7 @@ HELP = {
     "LISA": {
         "lisa_preset": "lora (by default, if nothing is said of memory), paper, none",
         "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora",
+        "lisa_adapters": "rank of LoRA adapters that train beside them in every period",
         "lisa_interval_steps": "optimizer steps in a period (K)",
         "lisa_sampler": "uniform, reshuffle, fixed, weighted, balanced, adaptive",
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
@@ -182,7 +183,6 @@ HELP = {
         "learning_rate": "",
         "lr_scheduler_type": "linear, cosine, constant_with_warmup, ...",
         "warmup_steps": "or below 1 a part of all steps",
-        "weight_decay": "",
         "num_train_epochs": "",
         "max_steps": "wins over --num_train_epochs",
         "per_device_train_batch_size": "examples of a rank in a forward pass",

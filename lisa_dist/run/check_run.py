@@ -19,6 +19,7 @@ from trl import SFTConfig
 from lisa_dist.checkpoint.resume import has_only_weights
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
+from lisa_dist.core.adapters import add_adapters
 from lisa_dist.core.blocks import (
     find_blocks,
     model_without_weights,
@@ -342,6 +343,9 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
         model = model_without_weights(model_config)
         modules = split_into_modules(model, find_blocks(model, lisa_config.lisa_layers_attribute)).layers
         unit_budget(lisa_config, [module.numel for module in modules])
+    if lisa_config.lisa_adapters is not None and type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model = model_without_weights(model_config)
+        add_adapters(model, find_blocks(model, lisa_config.lisa_layers_attribute), lisa_config.lisa_adapters)
     checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
     if isinstance(checkpointed, int):
         number_of_layers(checkpointed, num_layers)

@@ -107,7 +107,7 @@ class LisaMixin(MonitoredMixin):
         optimizers = self.optimizer, self.optimizer_cls_and_kwargs
         ds_config = self._ds_config if self.is_deepspeed_enabled else None
         check_trainer(self.args, ds_config, self.lisa_config, self._optim, *optimizers)
-        check_no_adapters(self.model)
+        check_no_adapters(self.model, self.lisa_config.lisa_adapters)
         if self.lisa_config.lisa_nonfinite == "stop" and not self.args.fp16:
             self.args.logging_nan_inf_filter = False  # it asks each loss twice; a loss that is none ends the run
         if self.args.use_liger_kernel:

@@ -46,7 +46,7 @@ from lisa_dist import LisaConfig
         ({"lisa_lr_scale": "embed=1,layers=-1"}, "layers has -1; a scale is above 0"),
         ({"lisa_lr_scale": "head=inf"}, "head has inf; a scale is above 0, and finite"),
         ({"lisa_lr_scale": "head=nan"}, "head has nan; a scale is above 0, and finite"),
-        ({"lisa_lr_scale": "norms=2"}, "unknown block 'norms'; choose from embed, head, rest, layers"),
+        ({"lisa_lr_scale": "norms=2"}, "unknown block 'norms'; choose from embed, head, rest, adapters, layers"),
         ({"lisa_lr_scale": "embed=half"}, "'embed=half' is no block=number"),
         ({"lisa_state": "forget"}, "--lisa_state forget: unknown; choose one of reset"),
         ({"lisa_always_on": "embed,tail"}, "--lisa_always_on embed,tail: unknown block 'tail'"),
@@ -65,7 +65,7 @@ from lisa_dist import LisaConfig
             {"lisa_offload": "head", "lisa_state_bits": "head=factored"},
             "on the host have 32 bits; take head",
         ),
-        ({"lisa_state_bits": "norms=8"}, "unknown block 'norms'; choose from embed, head, rest, layers"),
+        ({"lisa_state_bits": "norms=8"}, "unknown block 'norms'; choose from embed, head, rest, adapters, layers"),
         (
             {"lisa_offload": "embed,tail"},
             "--lisa_offload embed,tail: unknown block 'tail'; choose from embed, head, rest",

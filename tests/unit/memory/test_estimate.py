@@ -123,7 +123,7 @@ def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: 
     labels = rows * (length - PROMPT)
     workload = Workload(length, rows, dtype, checkpointed, loss=settings.get("loss", OWN), labels=labels)
     frozen = {"frozen_bits": config.frozen_form, "streams": config.streams}
-    workload = replace(workload, by_module=config.by_module, **frozen)
+    workload = replace(workload, by_module=config.by_module, adapters=config.lisa_adapters, **frozen)
     run = FakeRun(model_config, workload)
     always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)
     content = ds_config_of(ds_config, settings)
@@ -147,6 +147,7 @@ LISA_ADAMW = {"optim": "lisa_adamw"}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 MODULES = {"lisa_unit": "module", "lisa_budget": "8%"}
 EIGHT_BITS = {"lisa_state_bits": "embed=8,head=8,layers=8"}
+ADAPTERS = {"lisa_adapters": 8}
 BOUNDED = {"stage3_max_reuse_distance": 100_000, "stage3_max_live_parameters": 61_440}  # of two layers
 SHARING = {"zero_hpz_partition_size": 2}  # the ranks of a host have a copy of the weights between them
 SETTINGS = [
@@ -184,6 +185,11 @@ SETTINGS = [
     full("zero2", 2, torch.bfloat16, {"experts": True, "lisa_frozen_bits": 8, "lisa_offload": "frozen"}),
     ("zero2", 1, torch.bfloat16, {"lisa_frozen_bits": "fp8", "lisa_activated_layers": 1}),
     ("zero2", 2, torch.bfloat16, MODULES),
+    ("zero2", 2, torch.bfloat16, ADAPTERS | LISA_ADAMW),
+    ("zero3", 2, torch.bfloat16, ADAPTERS | {"checkpointing": True}),
+    full("zero1", 1, torch.float32, ADAPTERS | FROZEN),
+    full("zero2", 2, torch.bfloat16, ADAPTERS | {"lisa_frozen_bits": 4, "lisa_activated_layers": 1}),
+    full("zero2", 1, torch.bfloat16, ADAPTERS | {"lisa_activated_layers": 0, "accumulation": 2}),
     full("zero3", 2, torch.bfloat16, MODULES | {"checkpointing": True}),
     full("zero2", 2, torch.bfloat16, MODULES | {"lisa_frozen_bits": 4}),
     full("zero3", 2, torch.float32, LISA_ADAMW),

@@ -1,0 +1,192 @@
+"""Adapters beside LISA's layers: what they are put on, what is saved and exported of them, what they cannot be."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from cases import full
+from engines import full_weights, train_step
+from models import tiny_gpt2, tiny_llama, tiny_qwen3_moe, token_batches
+from ranks import run_ranks
+from safetensors.torch import load_file
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM
+
+import lisa_dist
+from lisa_dist.checkpoint.export import export_checkpoint
+from lisa_dist.checkpoint.resume import load_checkpoint, start_from_weights
+from lisa_dist.checkpoint.save import save_checkpoint
+from lisa_dist.checkpoint.weights import write_weights
+from lisa_dist.core.adapters import ADAPTER_FILE
+from lisa_dist.core.controller import LisaController
+
+RANK = 4
+BATCHES = token_batches(6, rows=4)
+
+pytestmark = pytest.mark.usefixtures("cpu_ops")
+
+
+def start(ds_config: str = "zero2", model=None, dtype=torch.float32, **settings):
+    settings = {"lisa_interval_steps": 2, "lisa_adapters": RANK, "lisa_debug": True} | settings
+    model = (model or tiny_llama()).to(dtype)
+    return lisa_dist.initialize(model, ds_config, lisa_dist.LisaConfig(**settings), lr=1e-3)
+
+
+def end(engine, lisa) -> None:
+    lisa.close()
+    engine.destroy()
+
+
+def test_they_are_on_the_linear_modules_of_the_layers_alone():
+    model = tiny_llama()
+    names = {name for name, _ in model.named_parameters()}
+    before = torch.get_rng_state()
+    settings = {"lisa_adapters": RANK, "lisa_frozen": "embed,head", "lisa_always_on": "rest"}
+    lisa = LisaController(model, lisa_dist.LisaConfig(**settings))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert names == {name for block in lisa.blocks for name in block.parameters} - lisa.blocks.adapters.parameters.keys()
+    matrices = {name for name in names if ".layers." in name and "norm" not in name}
+    assert lisa.blocks.adapters.parameters.keys() == {
+        f"base_model.model.{name.removesuffix('.weight')}.lora_{matrix}.weight" for name in matrices for matrix in "AB"
+    }
+    trained = {id(value) for value in model.parameters() if value.requires_grad}
+    expected = [lisa.blocks.adapters, lisa.blocks.rest, *(lisa.blocks.layers[layer] for layer in lisa.active_layers)]
+    assert trained == {id(value) for block in expected for value in block.parameters.values()}
+
+
+@pytest.mark.parametrize(
+    ("build", "rank", "said"),
+    [
+        (tiny_llama, 33, r"--lisa_adapters 33: model\.layers\.0\.self_attn\.k_proj\.weight has 32 rows or columns"),
+        (tiny_gpt2, 65, r"--lisa_adapters 65: transformer\.h\.0\.\S+ has 64 rows or columns; an adapter's rank is at"),
+    ],
+)
+def test_a_rank_above_a_matrix_s_size(build, rank, said):
+    with pytest.raises(ValueError, match=said):
+        LisaController(build(), lisa_dist.LisaConfig(lisa_adapters=rank))
+
+
+def test_a_mixture_has_them_beside_its_experts():
+    lisa = LisaController(tiny_qwen3_moe(), lisa_dist.LisaConfig(lisa_adapters=RANK))
+    assert {name.split(".")[5] for name in lisa.blocks.adapters.parameters} == {"self_attn"}
+
+
+def train_and_export(folder: str, ds_config: str, build, dtype: torch.dtype, settings: dict) -> dict:
+    """The logits of a run, of what is exported of its checkpoint in two ways, and of its final model, on rank 0."""
+    engine, lisa = start(ds_config, build(), dtype, **settings)
+    for batch in BATCHES[:5]:
+        train_step(engine, lisa, batch)
+    root = Path(folder)
+    save_checkpoint(lisa, root / "checkpoint-5")
+    (root / "final").mkdir(exist_ok=True)
+    write_weights(engine, lisa.blocks, root / "final", dist.get_rank() == 0)
+    engine.eval()
+    tokens, logits = BATCHES[5][0], {}
+    with torch.no_grad():
+        if lisa.frozen_layers is None:
+            logits["run"] = engine(input_ids=tokens).logits.clone()
+        else:
+            with lisa.frozen_layers.exact():
+                logits["run"] = engine(input_ids=tokens).logits.clone()
+    if dist.get_rank() == 0:
+        engine.module.config.save_pretrained(root / "final")
+    trained = {name: value.norm().item() for name, value in full_weights(engine).items() if ".lora_B" in name}
+    assert min(trained.values()) > 0
+    end(engine, lisa)
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "build", "dtype", "settings"),
+    [
+        ("zero2", tiny_llama, torch.float32, {}),
+        ("zero3", tiny_gpt2, torch.float32, {}),  # whose matrices are the other way round
+        full("zero1", tiny_qwen3_moe, torch.float32, {}),
+        full("zero2", tiny_llama, torch.bfloat16, {"lisa_frozen_bits": 4}),
+    ],
+)
+def test_what_is_exported_computes_what_the_run_does(tmp_path, ds_config, build, dtype, settings):
+    expected = run_ranks(train_and_export, 2, str(tmp_path), ds_config, build, dtype, settings)[0]["run"]
+    export_checkpoint(tmp_path / "checkpoint-5", tmp_path / "merged")
+    export_checkpoint(tmp_path / "checkpoint-5", tmp_path / "kept", keep_adapter=True)
+    tokens, within = BATCHES[5][0], 1e-5 if dtype == torch.float32 else 0.05
+    found = {}
+    for name in ("merged", "kept", "final"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=dtype).eval()
+        if name == "kept":
+            with torch.no_grad():
+                assert (model(input_ids=tokens).logits - expected).abs().max() > within, "without its adapter"
+            model = peft.PeftModel.from_pretrained(model, tmp_path / name / "adapter").eval()
+        with torch.no_grad():
+            found[name] = model(input_ids=tokens).logits
+        torch.testing.assert_close(found[name].float(), expected.float(), rtol=0, atol=within)
+    assert not (tmp_path / "merged" / "adapter").exists()
+
+
+def train_and_save(folder: Path) -> dict[str, torch.Tensor]:
+    engine, lisa = start()
+    for batch in BATCHES[:3]:
+        train_step(engine, lisa, batch)
+    save_checkpoint(lisa, folder)
+    weights = full_weights(engine)
+    end(engine, lisa)
+    return weights
+
+
+def begin_from_other_folders(checkpoint: Path, saved: dict[str, torch.Tensor]) -> list[str]:
+    """A run from a plain model's weights, and from those with an adapter beside them; runs of another rank."""
+    for name in ("merged", "kept"):
+        engine, lisa = start(model=tiny_llama(seed=9))
+        start_from_weights(lisa, checkpoint.with_name(name))
+        found = full_weights(engine)
+        for key, value in saved.items():
+            if name == "kept":
+                assert torch.equal(found[key], value), key
+            elif ".lora_B" in key:
+                assert not found[key].any(), key
+        end(engine, lisa)
+    said = []
+    for rank in (None, 2 * RANK):
+        engine, lisa = start(model=tiny_llama(), lisa_adapters=rank)
+        with pytest.raises(ValueError, match="lisa_adapters") as error:
+            load_checkpoint(lisa, checkpoint)
+        said.append(str(error.value))
+        end(engine, lisa)
+    return said
+
+
+def test_a_run_begins_from_weights_with_and_without_them_and_resumes_with_their_rank(tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    saved = run_ranks(train_and_save, 2, checkpoint)[0]
+    for name in ("merged", "kept"):
+        export_checkpoint(checkpoint, tmp_path / name, keep_adapter=name == "kept")
+    said = run_ranks(begin_from_other_folders, 2, checkpoint, saved)[0]
+    assert [one.split(";")[0] for one in said] == [
+        f"--lisa_adapters {rank}: the run saved at step 3 had {RANK}" for rank in (None, 2 * RANK)
+    ]
+    config = json.loads((checkpoint / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (RANK, 2 * RANK, "CAUSAL_LM")
+    places = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    assert not places.keys() & load_file(checkpoint / ADAPTER_FILE).keys()
+
+
+def use_a_model_twice() -> None:
+    model = tiny_llama()
+    engine, lisa = start(model=model)
+    train_step(engine, lisa, BATCHES[0])
+    end(engine, lisa)
+    before = full_weights(engine)
+    with pytest.raises(ValueError, match=r"has adapters \(peft\)"):
+        start(model=model, lisa_adapters=None)
+    engine, lisa = start(model=model)
+    assert all(torch.equal(value, before[name]) for name, value in full_weights(engine).items())
+    train_step(engine, lisa, BATCHES[1])
+    after = full_weights(engine)
+    assert all(not torch.equal(after[name], before[name]) for name in lisa.blocks.adapters.parameters)
+    end(engine, lisa)
+
+
+def test_a_model_goes_on_with_them_in_a_second_run():
+    run_ranks(use_a_model_twice, 1)
