@@ -329,6 +329,11 @@ def _check_model(config: RunConfig) -> None:
         )
     if config.run.method == "lisa":
         _check_layers(config, model_config)
+    elif (rank := config.lisa.lisa_adapters) is not None:
+        raise UserError(
+            f"--lisa_adapters {rank} with --method {config.run.method}: they are beside layers of --method lisa; leave "
+            f"it out, or train adapters alone by --method lora --lora_r {rank}."
+        )
 
 
 def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:

@@ -128,30 +128,35 @@ def test_there_is_a_case_for_each_task():
 
 
 @pytest.mark.parametrize(
-    ("task", "stage"),
+    ("task", "stage", "changes"),
     [
-        ("dpo", "zero2"),
-        *(full("grpo", stage) for stage in ("zero2", "zero3")),
-        *(full("kto", "zero3"), full("orpo", "zero2"), full("reward", "zero3")),
+        ("dpo", "zero2", {}),
+        full("dpo", "zero3", {"lisa_adapters": 4}),  # beside a reference model, since the weights below them change
+        *(full("grpo", stage, {}) for stage in ("zero2", "zero3")),
+        *(full("kto", "zero3", {}), full("orpo", "zero2", {}), full("reward", "zero3", {"lisa_adapters": 4})),
     ],
 )
-def test_a_task_trains_switches_and_resumes_on_two_ranks(folder, tmp_path, task, stage):
-    said = on_two_ranks(flags_of(task, tmp_path / "out", deepspeed=stage), tmp_path, report=True)
+def test_a_task_trains_switches_and_resumes_on_two_ranks(folder, tmp_path, task, stage, changes):
+    changes |= {"deepspeed": stage}
+    said = on_two_ranks(flags_of(task, tmp_path / "out", **changes), tmp_path, report=True)
     assert f"{task}: {TASKS[task].what}" in said
     periods = [json.loads(line) for line in (tmp_path / "out" / "lisa_log.jsonl").read_text().splitlines()]
     assert [period["step"] for period in periods] == [0, 2, 4]
     layers = [period["layers"] for period in periods]
     assert len({layer for period in layers for layer in period}) == 3
 
+    if task == "dpo":  # what trains is the reference at first
+        first = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"][0]
+        assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     start, after = weights_of(folder / "model"), weights_of(tmp_path / "out")
     assert set(start) - set(after) <= ({"lm_head.weight"} if task == "reward" else set())
     for name in start.keys() & after.keys():
         layer = re.search(r"layers\.(\d+)\.", name)
-        trains = layer is None or [int(layer[1])] in layers
+        trains = layer is None or [int(layer[1])] in layers or ("lisa_adapters" in changes and "norm" not in name)
         assert torch.equal(start[name], after[name]) != trains, name
 
     resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-3"}  # in the middle of a period
-    said = on_two_ranks(flags_of(task, tmp_path / "again", deepspeed=stage, **resume), tmp_path, report=True)
+    said = on_two_ranks(flags_of(task, tmp_path / "again", **changes, **resume), tmp_path, report=True)
     assert "resumed from" in said
     again = weights_of(tmp_path / "again")
     assert after.keys() == again.keys()

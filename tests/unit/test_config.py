@@ -42,6 +42,14 @@ from lisa_dist import LisaConfig
             {"lisa_unit": "module", "lisa_budget": "3%", "lisa_always_on": "embed,rest"},
             "--lisa_unit module: head would be sampled in the place of layers",
         ),
+        ({"lisa_adapters": 0}, "--lisa_adapters 0: the rank of an adapter is at least 1; for none leave it out"),
+        (
+            {"lisa_adapters": 4, "lisa_unit": "module", "lisa_budget": "3%"},
+            "--lisa_adapters 4 with --lisa_unit module: they are beside whole layers; leave one out",
+        ),
+        ({"lisa_lr_scale": "adapters=3"}, "--lisa_lr_scale adapters=3: there are no adapters; give --lisa_adapters"),
+        ({"lisa_offload": "adapters"}, "--lisa_offload adapters: there are no adapters"),
+        ({"lisa_adapters": 4, "lisa_state_bits": "adapters=factored"}, "embed and head can be factored"),
         ({"lisa_lr_scale": "embed=0"}, "--lisa_lr_scale embed=0: embed has 0; a scale is above 0, and finite; what"),
         ({"lisa_lr_scale": "embed=1,layers=-1"}, "layers has -1; a scale is above 0"),
         ({"lisa_lr_scale": "head=inf"}, "head has inf; a scale is above 0, and finite"),
@@ -102,6 +110,14 @@ def test_blocks_come_in_model_order():
     assert config.frozen == ("embed",)
     assert config.sampled == ()
     assert LisaConfig(lisa_always_on="rest", lisa_frozen="head").sampled == ("embed",)
+
+
+def test_adapters_are_always_on_at_a_rate_of_their_own():
+    config = LisaConfig(lisa_adapters=4, lisa_always_on="rest", lisa_frozen="embed,head", lisa_activated_layers=0)
+    assert (config.always_on, config.lisa_always_on) == (("rest", "adapters"), "rest")
+    assert (config.lr_scales, config.lisa_lr_scale) == ({"adapters": 10}, "adapters=10")
+    assert LisaConfig(lisa_adapters=4, lisa_lr_scale="adapters=1").lr_scales == {"adapters": 1}
+    assert LisaConfig().lr_scales == {}
 
 
 def test_offload_of_a_frozen_block_is_warned_of():

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -376,6 +377,27 @@ def test_a_run_that_writes_over_another_one_leaves_none_of_its_checkpoints(tmp_p
     assert (tmp_path / "checkpoint-2").is_dir()
     write_run(tmp_path, {})
     assert {path.name for path in tmp_path.iterdir()} == {"lisa_run.json", "checkpoint-notes.txt", "checkpoint-4.tar"}
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "said"),
+    [
+        ("full", "16", "--lisa_adapters 16 with --method full: they are beside layers of --method lisa; leave it out, or"),
+        ("lisa", "33", "--lisa_adapters 33: model.layers.0.self_attn.k_proj.weight has 32 rows or columns; an adapter"),
+    ],
+)
+def test_adapters_that_cannot_be(folder, tmp_path, method, rank, said):
+    config = parse_arguments(flags_for(folder, tmp_path / "out", method=method, lisa_adapters=rank))
+    assert said in refused(check_config, config)
+
+
+def test_an_adapter_is_no_model(folder, tmp_path):
+    peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "one")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / "model" / name, tmp_path / "one" / name)
+    flags = flags_for(folder, tmp_path / "out", model_name_or_path=tmp_path / "one", lisa_adapters=4)
+    said = refused(check_config, parse_arguments(flags))
+    assert "there is no config.json in it; it holds an adapter; merge it into its model first" in said
 
 
 QUANTIZED = {"quantization_config": {"quant_method": "fp8"}}
