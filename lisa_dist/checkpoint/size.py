@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import PLANNED_LAYERS, parse_share
+from lisa_dist.core.adapters import add_adapters
 from lisa_dist.core.blocks import find_blocks, model_without_weights
 from lisa_dist.errors import UserError
 from lisa_dist.presets import LORA, NONE, PRESETS, says_nothing_of_memory
@@ -29,7 +30,10 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
         raise UserError(no_such_model(f"--model_name_or_path {name}", error)) from error
-    blocks = find_blocks(model_without_weights(config), None)
+    model = model_without_weights(config)
+    blocks = find_blocks(model)
+    if (rank := flags.get("lisa_adapters")) is not None:
+        add_adapters(model, blocks, int(rank))
     layers = [block.numel for block in blocks.layers]
     is_lisa = flags.get("method", "lisa") == "lisa"
     preset = flags.get("lisa_preset") or (LORA if is_lisa and says_nothing_of_memory(flags) else NONE)

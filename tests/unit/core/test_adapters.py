@@ -19,6 +19,7 @@ from lisa_dist.checkpoint.export import export_checkpoint
 from lisa_dist.checkpoint.resume import load_checkpoint, start_from_weights
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import write_weights
+from lisa_dist.commands.export import main as export_main
 from lisa_dist.core.adapters import ADAPTER_FILE
 from lisa_dist.core.controller import LisaController
 
@@ -46,7 +47,9 @@ def test_they_are_on_the_linear_modules_of_the_layers_alone():
     settings = {"lisa_adapters": RANK, "lisa_frozen": "embed,head", "lisa_always_on": "rest"}
     lisa = LisaController(model, lisa_dist.LisaConfig(**settings))
     assert torch.equal(torch.get_rng_state(), before)
-    assert names == {name for block in lisa.blocks for name in block.parameters} - lisa.blocks.adapters.parameters.keys()
+    assert (
+        names == {name for block in lisa.blocks for name in block.parameters} - lisa.blocks.adapters.parameters.keys()
+    )
     matrices = {name for name in names if ".layers." in name and "norm" not in name}
     assert lisa.blocks.adapters.parameters.keys() == {
         f"base_model.model.{name.removesuffix('.weight')}.lora_{matrix}.weight" for name in matrices for matrix in "AB"
@@ -107,10 +110,13 @@ def train_and_export(folder: str, ds_config: str, build, dtype: torch.dtype, set
         full("zero2", tiny_llama, torch.bfloat16, {"lisa_frozen_bits": 4}),
     ],
 )
-def test_what_is_exported_computes_what_the_run_does(tmp_path, ds_config, build, dtype, settings):
+def test_what_is_exported_computes_what_the_run_does(capsys, tmp_path, ds_config, build, dtype, settings):
     expected = run_ranks(train_and_export, 2, str(tmp_path), ds_config, build, dtype, settings)[0]["run"]
     export_checkpoint(tmp_path / "checkpoint-5", tmp_path / "merged")
-    export_checkpoint(tmp_path / "checkpoint-5", tmp_path / "kept", keep_adapter=True)
+    with pytest.raises(SystemExit):
+        export_main(str(tmp_path / "checkpoint-5"), str(tmp_path / "kept"), "--keep")
+    assert "--keep: what may come after CHECKPOINT OUT is --keep_adapter" in capsys.readouterr().out
+    export_main(str(tmp_path / "checkpoint-5"), str(tmp_path / "kept"), "--keep_adapter")
     tokens, within = BATCHES[5][0], 1e-5 if dtype == torch.float32 else 0.05
     found = {}
     for name in ("merged", "kept", "final"):

@@ -382,7 +382,11 @@ def test_a_run_that_writes_over_another_one_leaves_none_of_its_checkpoints(tmp_p
 @pytest.mark.parametrize(
     ("method", "rank", "said"),
     [
-        ("full", "16", "--lisa_adapters 16 with --method full: they are beside layers of --method lisa; leave it out, or"),
+        (
+            "full",
+            "16",
+            "--lisa_adapters 16 with --method full: they are beside layers of --method lisa; leave it out, or",
+        ),
         ("lisa", "33", "--lisa_adapters 33: model.layers.0.self_attn.k_proj.weight has 32 rows or columns; an adapter"),
     ],
 )
