@@ -1,6 +1,7 @@
 """The size of a checkpoint by calculation."""
 
 import pytest
+import torch
 from models import save_tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,6 +19,9 @@ def test_weights_in_their_precision_and_twelve_bytes_for_each_active_element(tmp
     assert checkpoint_bytes(flags | {"bf16": True}) == (2 * total, 12 * (total - 4 * layer))
     assert checkpoint_bytes(flags | {"lisa_activated_layers": "9"}) == (4 * total, 12 * total)
     assert checkpoint_bytes(flags | {"lisa_activated_layers": "auto"}) == (4 * total, 12 * total)  # at most
+    linear = [one for one in model.model.layers.modules() if isinstance(one, torch.nn.Linear)]
+    more = total + 4 * sum(one.in_features + one.out_features for one in linear)
+    assert checkpoint_bytes(flags | {"lisa_adapters": "4"}) == (4 * more, 12 * (more - 4 * layer))
     assert checkpoint_bytes(flags | {"method": "full"}) == (4 * total, 12 * total)
     del flags["lisa_preset"]
     assert checkpoint_bytes(flags | {"optim": "adamw_torch"}) == (4 * total, 12 * (total - 4 * layer))
