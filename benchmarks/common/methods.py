@@ -59,6 +59,8 @@ EIGHT, LAYERS_8 = {"lisa_state_bits": "embed=8,head=8,layers=8"}, {"lisa_state_b
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 FORMS = {"8 bits": 8, "4 bits": 4, "fp8": "fp8"}  # of frozen layers
+# Beside layers, at rates that suit text that is new to a model and text that is not.
+ADAPTERS = {"lisa_adapters": 16, "lisa_lr_scale": "embed=2,head=2,adapters=10"}
 BADAM = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_sampler": "reshuffle"}
 
 
@@ -66,10 +68,15 @@ def lisa(name: str, layers: int | str, settings: dict | None = None, optim: str 
     return Method(name, "lisa", {"lisa_activated_layers": layers} | (settings or {}), optim, **more)
 
 
+def modules_of(share: float) -> dict:
+    """Settings by which modules with so much of the layers' parameters train."""
+    return {"lisa_unit": "module", "lisa_budget": str(float(share))}
+
+
 def modules(name: str, layers: int | str, settings: dict, optim: str = FUSED) -> Method:
     """As many parameters as so many of SmolLM2's 30 layers have, or as two of the model's, in modules."""
-    budget = layers if isinstance(layers, str) else str(layers / 30)
-    return Method(name, "lisa", {"lisa_unit": "module", "lisa_budget": budget} | settings, optim)
+    budget = {"lisa_unit": "module", "lisa_budget": layers} if isinstance(layers, str) else modules_of(layers / 30)
+    return Method(name, "lisa", budget | settings, optim)
 
 
 one_pass = functools.partial(lisa, optim="lisa_adamw")  # computes a step in one pass
@@ -104,6 +111,10 @@ ALL = (
     *(lisa(f"lisa {layers}, embed frozen", layers, EMBED_FROZEN) for layers in (2, 8)),
     one_pass("lisa 14, embed frozen", 14, EMBED_FROZEN),
     one_pass("lisa 14 fixed, embed frozen", 14, EMBED_FROZEN | FIXED),
+    # By the share of layers, with the small states that the plans of shares.py have.
+    *(one_pass(f"lisa {n}, small", n, SMALL) for n in (1, 2, 3, 5, 10, 15, 30)),
+    *(one_pass(f"lisa {n}, adapters", n, SMALL | ADAPTERS) for n in (0, 1, 2, 3, 4, 5, 10, 15)),
+    *(modules(f"lisa modules {n}, small", n, SMALL, "lisa_adamw") for n in (2, 5, 6, 10, 12)),
     modules("lisa modules", AUTO_LAYERS, {}),
     modules("lisa modules 8, embed frozen", 8, EMBED_FROZEN),
     *(modules(f"lisa modules {n} fixed, embed frozen", n, EMBED_FROZEN | FIXED, "lisa_adamw") for n in (8, 14)),

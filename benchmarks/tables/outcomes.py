@@ -46,6 +46,8 @@ def layers_that_train(method: str, figures: dict) -> str:
     shown = f"{count} of {num_layers}"
     if "modules" in method:
         return f"modules of {shown}"
+    if method.endswith(", adapters"):
+        return f"{shown}, adapters"
     is_full = count == num_layers and "embed frozen" not in method
     return f"{shown}: full training with small states" if is_full else shown
 

@@ -5,7 +5,6 @@ and results of scripts that are gone, stay as they were measured.
 """
 
 import csv
-import json
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,12 +15,6 @@ from benchmarks.tables.outcomes import layers_that_train, method_name, outcome, 
 from benchmarks.tables.render import Table, TableError, print_table
 
 Row = Iterable
-OF_CHOOSING = {
-    "lisa_activated_layers": 2,
-    "lisa_interval_steps": 20,
-    "lisa_sampler": "uniform",
-    "lisa_state": "reset",
-}
 
 
 def as_written(of: str, figures: dict) -> Iterable[Row]:
@@ -41,26 +34,7 @@ def checkpoints(of: None, figures: dict) -> Iterator[Row]:
             yield ds_config, way, *means
 
 
-# choosing.py, kernels.py
-
-
-def choosing_key(settings: dict, seed: int) -> str:
-    """The key of a run of choosing.py: runs with the same settings are one."""
-    others = {name: value for name, value in settings.items() if OF_CHOOSING.get(name) != value}
-    return json.dumps(others | {"seed": seed}, sort_keys=True)
-
-
-def choosing(of: dict, figures: dict) -> Iterator[Row]:
-    """Mean held-out losses over the seeds: a row for each name, of several settings."""
-    for name, methods in of.items():
-        losses = []
-        for settings in methods:
-            keys = [choosing_key({"lr": 2e-3} | settings, seed) for seed in range(len(figures))]
-            found = [figures[key]["held_out"] for key in keys if key in figures]
-            if not found:
-                raise TableError(f"choosing.json has no run {keys[0]}")
-            losses.append(statistics.mean(found))
-        yield name, *losses
+# kernels.py
 
 
 def kernels(of: dict, figures: dict) -> Iterator[Row]:
@@ -187,6 +161,14 @@ def where_run(of: list, *tasks: dict) -> Iterator[Row]:
         cells = [outcome(name, figures, may_lack=True) for figures in tasks]
         if any(cell["steps"] for cell in cells):
             yield method_name(name), *cells
+
+
+def by_share(of: list, shares: dict, *tasks: dict) -> Iterator[Row]:
+    """Of a method with a share of the layers: its peaks at 8B and 70B, and the outcomes on stories260K and SmolLM2."""
+    for name, planned, of_stories, of_smollm2 in of:
+        peaks = (of_model[planned] for of_model in shares.values())
+        methods = (of_stories, of_stories, of_smollm2, of_smollm2)
+        yield name, *peaks, *(outcome(one, task, may_lack=True) for one, task in zip(methods, tasks, strict=True))
 
 
 def ideas(of: str, *tasks: dict) -> Iterator[Row]:
