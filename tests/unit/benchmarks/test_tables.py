@@ -118,7 +118,7 @@ def test_a_figure_in_the_results(copy, capsys):
     runs = results["figures"]["runs"]
     runs_at_best("full", runs)[0]["held_out"] -= 0.001
     path.write_text(json.dumps(results), encoding="utf-8")
-    assert {"experiments", "headline_quality"} <= names_in(check(copy, capsys))
+    assert {"quality_by_share", "headline_quality"} <= names_in(check(copy, capsys))
 
 
 def test_no_table_stays_when_all_figures_change(copy, capsys):
