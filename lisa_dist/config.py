@@ -165,7 +165,7 @@ class LisaConfig:
         self.lisa_always_on = ",".join(block for block in self.always_on if block != ADAPTERS)
         self.lisa_offload = ",".join((*self.offloaded, *(["frozen"] if self.streams else [])))
         self.lisa_budget = f"{100 * self.budget:.10g}%" if self.by_module else self.lisa_budget
-        self.lisa_lr_scale = format_by_block("--lisa_lr_scale", self.lisa_lr_scale, self.lr_scales)
+        self.lisa_lr_scale = format_by_block("--lisa_lr_scale", self.lisa_lr_scale, self.given_scales)
         self.lisa_state_bits = format_by_block("--lisa_state_bits", self.lisa_state_bits, self.given_bits)
         self.lisa_block_probability = format_by_block(
             "--lisa_block_probability", self.lisa_block_probability, self.block_probabilities
@@ -208,8 +208,11 @@ class LisaConfig:
     @property
     def lr_scales(self) -> dict[str, float]:
         """What the learning rate of blocks is multiplied by, where that is not 1."""
-        given = parse_by_block("--lisa_lr_scale", self.lisa_lr_scale, OPTIMIZED_BLOCKS)
-        return given if self.lisa_adapters is None else {ADAPTERS: ADAPTERS_RATE} | given
+        return ({} if self.lisa_adapters is None else {ADAPTERS: ADAPTERS_RATE}) | self.given_scales
+
+    @property
+    def given_scales(self) -> dict[str, float]:
+        return parse_by_block("--lisa_lr_scale", self.lisa_lr_scale, OPTIMIZED_BLOCKS)
 
     @property
     def state_bits(self) -> dict[str, StateBits]:

@@ -87,7 +87,7 @@ def check_adapters(config: Any) -> None:
             if ADAPTERS in (given := getattr(config, flag)):
                 raise UserError(f"--{flag} {given}: there are no adapters; give --lisa_adapters, their rank, too.")
         return
-    if not (isinstance(rank, int) and rank >= 1):
+    if not (isinstance(rank, int) and rank >= 1) or rank is True:
         raise UserError(f"--lisa_adapters {rank}: the rank of an adapter is at least 1; for none leave it out.")
     if config.lisa_unit == "module":
         raise UserError(f"--lisa_adapters {rank} with --lisa_unit module: they are beside whole layers; leave one out.")

@@ -16,7 +16,7 @@ from lisa_dist.checkpoint.folders import put_in_place
 from lisa_dist.checkpoint.optimizer_states import STATE_FILES
 from lisa_dist.checkpoint.resume import read_state
 from lisa_dist.checkpoint.weights import has_weights, rename, weight_files, write_index
-from lisa_dist.core.adapters import ADAPTER_FILE, merge, weight_of
+from lisa_dist.core.adapters import ADAPTER_FILE, loads_adapter, merge, weight_of
 from lisa_dist.distributed.collectives import describe_files
 from lisa_dist.errors import UserError
 from lisa_dist.run_folder import STATE_NAME
@@ -59,6 +59,10 @@ def export_checkpoint(folder: str | Path, out: str | Path, keep_adapter: bool = 
             if keep_adapter if of_adapter else not any(fnmatch(name, pattern) for pattern in _NOT_THE_MODEL):
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, staging / name)
+        if keep_adapter:
+            config = (staging / ADAPTER_FILE).with_name("adapter_config.json")
+            about = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(out)}
+            config.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         describe_files(staging)  # flushes them
         put_in_place(staging, out)
     finally:
@@ -81,6 +85,10 @@ def _export_weights(folder: Path, out: Path, keep_adapter: bool) -> None:
         if not keep_adapter:
             adapters = load_file(folder / ADAPTER_FILE)
             config = json.loads((folder / ADAPTER_FILE).with_name("adapter_config.json").read_text(encoding="utf-8"))
+        elif model is not None and not loads_adapter(model, folder):
+            raise UserError(f"{folder}: peft renames the adapters of this architecture; leave --keep_adapter out.")
+    elif keep_adapter:
+        raise UserError(f"{folder}: has no adapter to keep; leave --keep_adapter out.")
     for file_name in files:
         tensors = load_file(folder / file_name)
         of_file = {name: value for name, value in adapters.items() if weight_of(name) in tensors}

@@ -20,6 +20,7 @@ from lisa_dist.checkpoint.folders import checkpoints_by_age, remove_leftovers
 from lisa_dist.checkpoint.optimizer_states import MASTER, STATE_FILES, StateFiles, state_file
 from lisa_dist.checkpoint.save import ENGINE_COUNTERS
 from lisa_dist.checkpoint.weights import block_files, has_weights, read_weights, saved_blocks, weight_files
+from lisa_dist.core.adapters import ADAPTER_FILE
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.period_log import MOVEMENT_FILE
 from lisa_dist.core.selection import split_by_decay
@@ -32,7 +33,15 @@ from lisa_dist.zero.partitions import ZeroPartitions
 # What the Trainer loads by `torch.load`; the schedule is loaded by us.
 _PICKLES = ("scheduler.pt", "scaler.pt", "rng_state*.pth")
 # What an export or a resume reads wherever it is there.
-_READ_WHERE_THERE = ("config.json", "trainer_state.json", IDENTITY_NAME, SAFE_WEIGHTS_INDEX_NAME, *_PICKLES)
+_OF_ADAPTER = f"{Path(ADAPTER_FILE).parent}/*"
+_READ_WHERE_THERE = (
+    "config.json",
+    "trainer_state.json",
+    IDENTITY_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    *_PICKLES,
+    _OF_ADAPTER,
+)
 # What `torch.load(weights_only=True)` raises: the first for what it refuses, the others for bytes that it never wrote.
 _REFUSALS = (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError)
 _WAY_OUT = "use a copy from whoever wrote it."
@@ -147,7 +156,7 @@ def _why_foreign(folder: Path, names: Iterable[str]) -> str | None:
 
 def _names_to_read(folder: Path, state: dict[str, Any]) -> Iterator[str]:
     for pattern in _READ_WHERE_THERE:
-        yield from (path.name for path in folder.glob(pattern))
+        yield from (str(path.relative_to(folder)) for path in folder.glob(pattern))
     yield from weight_files(folder)  # read only now that the index is known to be listed
     yield from (state_file(rank, state["world_size"]) for rank in range(state["world_size"]))
 

@@ -41,7 +41,7 @@ from lisa_dist.checkpoint.weights import (
     write_index,
 )
 from lisa_dist.config_rules import ADAPTERS
-from lisa_dist.core.adapters import ADAPTER_FILE
+from lisa_dist.core.adapters import save_config
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.period_log import MOVEMENT_FILE
 from lisa_dist.core.run_state import SavedBlocks
@@ -165,7 +165,7 @@ class _Save(contextlib.AbstractContextManager["_Save"]):
                 file_by_name = {name: file.name for file in of_model for name in file.tensors}
                 nbytes = sum(file.nbytes for file in of_model)
                 if len(of_model) < len(self._files):
-                    engine.module.peft_config["default"].save_pretrained(str((self.staging / ADAPTER_FILE).parent))
+                    save_config(engine.module, self.staging)
                 write_index(self.staging / SAFE_WEIGHTS_INDEX_NAME, file_by_name, nbytes)
         self._linked = next(found for found in gather(linked) if found is not None)
         files = [file for file in self._files if file.name not in self._linked]

@@ -37,7 +37,14 @@ from lisa_dist.errors import UserError
 from lisa_dist.files import find_foreign_name, make_durable, replacing, set_mode_by_umask
 from lisa_dist.patches import patch
 from lisa_dist.run_folder import read_object
-from lisa_dist.zero.parameters import is_partitioned, original_of, parameter_numel, parameter_shape, whole_weights
+from lisa_dist.zero.parameters import (
+    file_name,
+    is_partitioned,
+    original_of,
+    parameter_numel,
+    parameter_shape,
+    whole_weights,
+)
 from lisa_dist.zero.stage3 import drop_prefetched
 
 BUFFERS = "buffers"  # in the place of a block's name
@@ -221,9 +228,11 @@ def has_weights(folder: Path) -> bool:
 
 def named_parts(model: torch.nn.Module, blocks: Blocks) -> list[tuple[str, dict[str, torch.Tensor]]]:
     """Everything that is saved: the parameters of each block, by its name, then the persistent buffers."""
-    saved = model.state_dict().keys()
     parts: list[tuple[str, dict[str, torch.Tensor]]] = [(block.name, {**block.parameters}) for block in blocks]
-    return [*parts, (BUFFERS, {name: value for name, value in model.named_buffers() if name in saved})]
+    left_out = {
+        f"{path}.{name}".lstrip(".") for path, one in model.named_modules() for name in one._non_persistent_buffers_set
+    }
+    return [*parts, (BUFFERS, {name: value for name, value in model.named_buffers() if name not in left_out})]
 
 
 def _parts_with_adapters(model: torch.nn.Module, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
@@ -313,7 +322,8 @@ def _check_same_model(
         dtype = _DTYPE_NAMES.get(dtype_name, value.dtype) if same_dtype else value.dtype
         if (tuple(shape), dtype) != (parameter_shape(value), value.dtype):
             other.append(f"{name} is {dtype} {shape}, not {value.dtype} {list(parameter_shape(value))}")
-    known = expected.keys() | model.state_dict().keys()  # a tied matrix may be in the files under its second name too
+    named = model.named_parameters(remove_duplicate=False)  # a tied matrix may be in the files by its second name too
+    known = expected.keys() | {file_name(name) for name, _ in named}
     differences = {
         "parameters of the model are not in it": expected.keys() - saved.keys(),
         "of its tensors are not in the model": saved.keys() - known,
@@ -365,14 +375,14 @@ def link_unchanged(
 ) -> dict[str, dict[str, Any]]:
     """Link what has not changed since the last checkpoint beside this one; size and sum of each file, by its name.
 
-    Where the file system has no hard links they are copied. A file that is not as large as it was is left out, and that
-    of the buffers, which forward passes change.
+    Where the file system has no hard links they are copied. A file that is not as large as it was is left out, that of
+    the buffers, which forward passes change, and that of adapters, which always train.
     """
     if saved is None or saved.folder.resolve().parent != staging.resolve().parent:
         return {}
     linked = {}
     for file in files:
-        if file.block in (*changed, BUFFERS) or saved.files.get(file.block) != file.name:
+        if file.block in (*changed, BUFFERS, ADAPTERS) or saved.files.get(file.block) != file.name:
             continue
         path, about = saved.folder / file.name, saved.described[file.name]
         if not path.is_file() or path.stat().st_size != about["bytes"]:

@@ -9,19 +9,22 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1: W x + alpha / r B A x
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.matrices import quantizable_matrices
 from lisa_dist.errors import UserError
-from lisa_dist.zero.parameters import ADAPTER_PREFIX, file_name, parameter_shape
+from lisa_dist.zero.parameters import ADAPTER_PREFIX, file_name, is_partitioned, parameter_shape
 
 ADAPTER_FILE = "adapter/adapter_model.safetensors"  # of a checkpoint or an exported model
 SCALE = 2  # alpha over r, as most recipes have it
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_OURS = "lisa_dist_adapters"  # on a model, PEFT's config of them
 
 
 def add_adapters(model: Any, blocks: Blocks, rank: int, seed: int = 0) -> None:
@@ -29,48 +32,76 @@ def add_adapters(model: Any, blocks: Blocks, rank: int, seed: int = 0) -> None:
 
     What else trains or not stays as it was. All ranks get the same adapters, and a later run of the model goes on with
     them. Raises UserError for a rank that is larger than a matrix, and where no linear module is used by its own
-    forward alone.
+    forward alone. Those of one row or column, which are gates, have none.
     """
+    blocks.adapters.decaying = None  # all of them do: they are matrices
     if blocks.adapters.parameters:  # of an earlier run of this model
         return
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
 
     of_layers = quantizable_matrices(model, [layer.parameters for layer in blocks.layers])
     linear = {name: one for layer in of_layers for name, one in layer.items() if one.is_linear}
+    sizes = {name: min(parameter_shape(one.parameter)) for name, one in linear.items()}
+    linear = {name: one for name, one in linear.items() if sizes[name] > 1}
     flag = f"--lisa_adapters {rank}"
     if not linear:
         raise UserError(f"{flag}: the decoder layers of {type(model).__name__} have no linear modules; leave it out.")
-    smallest = min(linear, key=lambda name: min(parameter_shape(linear[name].parameter)))
-    if rank > (size := min(parameter_shape(linear[smallest].parameter))):
-        raise UserError(f"{flag}: {smallest} has {size} rows or columns; an adapter's rank is at most that.")
+    smallest = min(linear, key=lambda name: sizes[name])
+    if rank > sizes[smallest]:
+        rule = "an adapter's rank is at most that"
+        raise UserError(f"{flag}: {smallest} has {sizes[smallest]} rows or columns; {rule}.")
     prefix = f"{blocks.layers_path}."
-    ends = sorted({name.removeprefix(prefix).partition(".")[2].removesuffix(".weight") for name in linear})
+    paths = [name.removeprefix(prefix).removesuffix(".weight") for name in linear]
     config = LoraConfig(
         r=rank,
         lora_alpha=SCALE * rank,
-        target_modules=rf"{re.escape(prefix)}\d+\.(?:{'|'.join(map(re.escape, ends))})",
+        target_modules=paths,
         fan_in_fan_out=any(isinstance(one.module, Conv1D) for one in linear.values()),
-        task_type="CAUSAL_LM",
     )
-    blocks.adapters.decaying = None  # all of them do: they are matrices
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     before = set(map(id, model.parameters()))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)
+    with torch.random.fork_rng(devices=()), torch.device("meta" if next(model.parameters()).is_meta else "cpu"):
+        torch.random.default_generator.manual_seed(seed)
+        inject_adapter_in_model(config, model.get_submodule(blocks.layers_path))  # of a whole model PEFT changes names
     for name, parameter in model.named_parameters():
         if id(parameter) in before:
             parameter.requires_grad_(id(parameter) in trained)
         else:
             parameter.data = parameter.data.to(next(iter(linear.values())).parameter.dtype)
             blocks.adapters.parameters[file_name(name)] = parameter
-    vars(model)["lisa_dist_adapters"] = rank
+    ends = sorted({path.partition(".")[2] for path in paths})
+    config.target_modules = rf"{re.escape(prefix)}\d+\.(?:{'|'.join(map(re.escape, ends))})"
+    vars(model)[_OURS] = config
 
 
 def adapter_config(model: Any) -> dict[str, Any]:
     """PEFT's of a model with adapters, as adapter_config.json has it; nothing of one without."""
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    return configs["default"].to_dict() if configs else {}
+    config = vars(model).get(_OURS)
+    return {} if config is None else config.to_dict()
+
+
+def save_config(model: Any, folder: Path) -> None:
+    """Write adapter_config.json of a model with adapters into the folder that `ADAPTER_FILE` has."""
+    vars(model)[_OURS].save_pretrained(str((folder / ADAPTER_FILE).parent))
+
+
+def loads_adapter(model: Any, folder: Path) -> bool:
+    """Whether PEFT puts the adapter that a folder has on this model by the names that it has there."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    path = folder / ADAPTER_FILE
+    with safe_open(path, framework="pt") as file:
+        names = {*file.keys()}
+    return (
+        names == get_peft_model_state_dict(get_peft_model(model, LoraConfig.from_pretrained(str(path.parent)))).keys()
+    )
+
+
+def merge_in_state(module: Any, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    """Whoever saves a model by its state dict has adapters merged; a hook of torch's. Of ZeRO-3 nobody can."""
+    if not any(is_partitioned(parameter) for parameter in module.parameters()):
+        named = {file_name(key.removeprefix(prefix)): state.pop(key) for key in [*state] if key.startswith(prefix)}
+        state |= {prefix + name: value for name, value in merge(named, adapter_config(module)).items()}
 
 
 def weight_of(adapter: str) -> str:

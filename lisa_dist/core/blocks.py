@@ -100,7 +100,7 @@ class Blocks:
 
             of_trainer: Any = Trainer.get_decay_parameter_names  # looks at nothing of a trainer
             rule = functools.partial(of_trainer, None)
-        decaying = frozenset(rule(model))
+        decaying = frozenset(map(file_name, rule(model)))
         for block in self:
             block.decaying = decaying
 

@@ -30,7 +30,7 @@ from torch import distributed as dist
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.activation_checkpointing import check_checkpointing, let_backward_end
-from lisa_dist.core.adapters import add_adapters
+from lisa_dist.core.adapters import add_adapters, merge_in_state
 from lisa_dist.core.blocks import DecayRule, find_blocks, split_into_modules
 from lisa_dist.core.engine_checks import check_engine, check_no_adapters, check_not_quantized, check_weights
 from lisa_dist.core.frozen_layers import make_room_for_weights, quantize_frozen_layers
@@ -110,6 +110,8 @@ class LisaController:
         self.frozen_layers = quantize_frozen_layers(
             model, self.blocks, config, self.selection.widest(self.active).layers, has_weights
         )
+        if config.lisa_adapters is not None:  # after the hook of frozen layers, which puts originals there
+            model.register_state_dict_post_hook(merge_in_state)
         self._activate()
 
     @property

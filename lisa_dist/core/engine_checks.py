@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.adapters import adapter_config
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.ds_config import check_ds_config, keep_no_master, offload_by_block, uses_optimizer_offload
 from lisa_dist.errors import UserError
@@ -57,8 +58,7 @@ def check_eval_frozen_bits(bits: int | None, config: LisaConfig) -> None:
 
 def check_no_adapters(model: nn.Module, rank: int | None = None) -> None:
     """Raise UserError for a model of peft's, or with other adapters in it than --lisa_adapters of this rank gives."""
-    ours = vars(model).get("lisa_dist_adapters")
-    if ours is not None and ours == rank:
+    if rank is not None and adapter_config(model).get("r") == rank:
         return
     peft = sys.modules.get("peft")  # which has been imported where there are any
     if peft is not None:
@@ -66,7 +66,7 @@ def check_no_adapters(model: nn.Module, rank: int | None = None) -> None:
         if any(isinstance(module, kinds) for module in model.modules()):
             raise UserError(
                 f"{type(model).__name__} has adapters (peft): LISA trains the model's own weights; give it the model "
-                "without them, after merge_and_unload(), and --lisa_adapters for new ones beside its layers; --method "
+                "without them, saved and loaded anew, and --lisa_adapters for new ones beside its layers; --method "
                 "lora trains adapters alone."
             )
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import FACTORED, OPTIMIZED_BLOCKS, StateBits
+from lisa_dist.config_rules import ADAPTERS, FACTORED, OUTER_BLOCKS, StateBits
 from lisa_dist.core.blocks import Block, Blocks
 from lisa_dist.core.layer_weights import LayerImportance, load_layer_weights
 from lisa_dist.core.sampling import (
@@ -141,7 +141,7 @@ class BlockSelection:
 
     def _outer(self, active: ActiveSet) -> list[Block]:
         """The outer blocks that train, in the order of their groups; none without parameters."""
-        names = [name for name in OPTIMIZED_BLOCKS if name in (*self._config.always_on, *active.blocks)]
+        names = [name for name in (*OUTER_BLOCKS, ADAPTERS) if name in (*self._config.always_on, *active.blocks)]
         return [block for block in map(self._blocks.outer, names) if block.parameters]
 
     def _layers(self, active: ActiveSet) -> list[Block]:

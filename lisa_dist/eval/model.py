@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lisa_dist.core.adapters import ADAPTER_FILE
 from lisa_dist.errors import UserError
 from lisa_dist.text import no_such_model
 
@@ -19,7 +20,9 @@ def load_model(
     Raises UserError where no model of this name can be loaded.
     """
     adapter = _settings(name, "adapter_config.json")
-    base: str = adapter.get("base_model_name_or_path", name)
+    base: str = adapter.get("base_model_name_or_path", name) or ""
+    if not base:
+        raise UserError(f"{name}: an adapter that names no base; give the folder of a model that it is beside.")
     architecture = str((_settings(name, "config.json").get("architectures") or [""])[0])
     if architecture.endswith("ForSequenceClassification") or adapter.get("task_type") == "SEQ_CLS":
         raise UserError(f"{name}: a reward model, which scores texts and writes none; give a model that writes them.")
@@ -29,12 +32,13 @@ def load_model(
     except (OSError, ValueError) as error:
         what = name if base == name else f"{base}, the base of the adapter {name}"
         raise UserError(no_such_model(what, error)) from error
-    if base != name:
+    beside = (Path(name) / ADAPTER_FILE).parent  # of a checkpoint, or of an export that has kept it
+    if base != name or beside.is_dir():
         from peft import PeftModel
 
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # the adapter added tokens
+        if base != name and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # the adapter added tokens
             model.resize_token_embeddings(len(tokenizer))
-        model = PeftModel.from_pretrained(model, name).merge_and_unload()
+        model = PeftModel.from_pretrained(model, name if base != name else str(beside)).merge_and_unload()
     return model.to(device).eval(), tokenizer
 
 
@@ -52,5 +56,5 @@ def describe_weights(name: str) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return name
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin"))
     return ", ".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import OPTIMIZED_BLOCKS, Form, StateBits
+from lisa_dist.config_rules import ADAPTERS, OUTER_BLOCKS, Form, StateBits
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.sampling import SampledBlock, fill
 from lisa_dist.core.selection import unit_budget
@@ -155,7 +155,9 @@ def widest_periods(
     have the lowest, the largest or the highest that fill the budget.
     """
     gamma, num_layers = config.lisa_activated_layers, len(blocks.layers)
-    always_on = tuple(name for name in OPTIMIZED_BLOCKS if name in config.always_on and blocks.outer(name).parameters)
+    always_on = tuple(
+        name for name in (*OUTER_BLOCKS, ADAPTERS) if name in config.always_on and blocks.outer(name).parameters
+    )
     by_size = sorted(range(num_layers), key=lambda layer: -blocks.layers[layer].numel)
     if config.by_module:
         sizes = [module.numel for module in blocks.layers]

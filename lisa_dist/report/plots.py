@@ -93,7 +93,7 @@ def plot_movement(run: RunFiles, figure: Figure) -> None:
     for line in run.movement:
         latest |= {block: figures["relative"] for block, figures in line["blocks"].items()}
     layers = [latest.get(name, 0.0) for name in run.units]
-    outer = {block: latest[block] for block in ("embed", "head", "rest") if block in latest}
+    outer = {block: latest[block] for block in ("embed", "head", "rest", "adapters") if block in latest}
     axes = new_axes(figure, run.unit, "distance from start, % of norm")
     axes.bar(range(len(layers)), [100 * value for value in layers], color=BLUE, width=0.8)
     # Bars of the outer blocks are as wide as their names, whatever the number of layers.

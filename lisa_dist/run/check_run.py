@@ -19,7 +19,7 @@ from trl import SFTConfig
 from lisa_dist.checkpoint.resume import has_only_weights
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
-from lisa_dist.core.adapters import add_adapters
+from lisa_dist.core.adapters import ADAPTER_FILE, add_adapters
 from lisa_dist.core.blocks import (
     find_blocks,
     model_without_weights,
@@ -207,6 +207,8 @@ def _check_model_folder(config: RunConfig) -> None:
         adapter = (folder / "adapter_config.json").is_file()
         rule = "it holds an adapter; merge it into its model first" if adapter else "give the folder of a model"
         raise UserError(f"{flag}: there is no config.json in it; {rule}.")
+    if (folder / ADAPTER_FILE).is_file():
+        raise UserError(f"{flag}: its adapter is beside it; give what lisa-dist export makes of its checkpoint.")
     for file in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).exists():
             read_object(folder / file)
@@ -348,15 +350,26 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
         model = model_without_weights(model_config)
         modules = split_into_modules(model, find_blocks(model, lisa_config.lisa_layers_attribute)).layers
         unit_budget(lisa_config, [module.numel for module in modules])
-    if lisa_config.lisa_adapters is not None and type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        model = model_without_weights(model_config)
-        add_adapters(model, find_blocks(model, lisa_config.lisa_layers_attribute), lisa_config.lisa_adapters)
+    if lisa_config.lisa_adapters is not None:
+        _check_adapters(config, model_config)
     checkpointed = parse_checkpointed_layers(config.run.checkpointed_layers)
     if isinstance(checkpointed, int):
         number_of_layers(checkpointed, num_layers)
     if lisa_config.lisa_weights_file is not None:
         fewest = {LORA_LAYERS: fewest_of_lora(num_layers), AUTO_LAYERS: 1}
         load_layer_weights(lisa_config.lisa_weights_file, num_layers, fewest.get(num_active, num_active))
+
+
+def _check_adapters(config: RunConfig, model_config: PretrainedConfig) -> None:
+    """Raise UserError for adapters that this model cannot have, or beside what reads weights without them."""
+    rank = config.lisa.lisa_adapters
+    assert rank is not None
+    for flag, what in (("layer_norms", "looks at weights"), ("use_vllm", "answers by weights")):
+        if getattr(config.run, flag, False) or getattr(config.training, flag, False):
+            raise UserError(f"--{flag} with --lisa_adapters {rank}: it {what} without their adapters; leave one out.")
+    if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model = model_without_weights(model_config)
+        add_adapters(model, find_blocks(model, config.lisa.lisa_layers_attribute), rank)
 
 
 def _known_model_config(config: RunConfig) -> PretrainedConfig:

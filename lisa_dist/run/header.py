@@ -22,6 +22,8 @@ from lisa_dist.text import format_table
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.zero.parameters import parameter_numel
 
+REFERENCE = "a model of its own: the weights below --lisa_adapters change too"
+
 
 def describe_run(settled: Settled, template: str, processor: str) -> str:
     """A table of how the run is run; `processor` is what images would go by, or ""."""
@@ -43,6 +45,7 @@ def describe_run(settled: Settled, template: str, processor: str) -> str:
         ("chat template", template),
         ("processor", processor),
         ("adapters", _describe_adapters(config.model) if config.run.method == "lora" else ""),
+        ("reference model", REFERENCE if config.lisa.lisa_adapters and task in ("dpo", "kto") else ""),
         ("optimizer", f"{optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),
         ("global batch size", str(batch)),
         ("versions", ", ".join(f"{name} {version}" for name, version in installed_versions().items())),

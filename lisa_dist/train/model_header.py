@@ -58,7 +58,7 @@ def describe_training(
         ),
         ("inactive", format_count(total - active)),
         ("period", f"{config.lisa_interval_steps} steps with {trained}, {config.lisa_sampler}"),
-        *([("scales of it", config.lisa_lr_scale)] if config.lr_scales else []),
+        *([("scales of it", _describe_scales(config.lr_scales))] if config.lr_scales else []),
         *ranks,
         ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s){of_hosts}"),
         ("optimizer", _describe_optimizer(optim, ds_config, engine.device.type)),
@@ -68,6 +68,10 @@ def describe_training(
         ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
     ]
     return "LISA\n" + format_table(rows)
+
+
+def _describe_scales(scales: dict[str, float]) -> str:
+    return ",".join(f"{block}={scale:g}" for block, scale in scales.items())
 
 
 def _describe_outside(lisa: LisaController) -> str:

@@ -145,6 +145,7 @@ def test_a_task_trains_switches_and_resumes_on_two_ranks(folder, tmp_path, task,
     layers = [period["layers"] for period in periods]
     assert len({layer for period in layers for layer in period}) == 3
 
+    assert ("a model of its own: the weights below --lisa_adapters" in said) == (task == "dpo" and len(changes) > 1)
     if task == "dpo":  # what trains is the reference at first
         first = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"][0]
         assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)

@@ -1,5 +1,7 @@
 """LisaConfig refuses what cannot work, naming the flag, the value and the rule."""
 
+from dataclasses import replace
+
 import pytest
 
 from lisa_dist import LisaConfig
@@ -42,6 +44,7 @@ from lisa_dist import LisaConfig
             {"lisa_unit": "module", "lisa_budget": "3%", "lisa_always_on": "embed,rest"},
             "--lisa_unit module: head would be sampled in the place of layers",
         ),
+        ({"lisa_adapters": True}, "--lisa_adapters True: the rank of an adapter is at least 1"),
         ({"lisa_adapters": 0}, "--lisa_adapters 0: the rank of an adapter is at least 1; for none leave it out"),
         (
             {"lisa_adapters": 4, "lisa_unit": "module", "lisa_budget": "3%"},
@@ -115,7 +118,8 @@ def test_blocks_come_in_model_order():
 def test_adapters_are_always_on_at_a_rate_of_their_own():
     config = LisaConfig(lisa_adapters=4, lisa_always_on="rest", lisa_frozen="embed,head", lisa_activated_layers=0)
     assert (config.always_on, config.lisa_always_on) == (("rest", "adapters"), "rest")
-    assert (config.lr_scales, config.lisa_lr_scale) == ({"adapters": 10}, "adapters=10")
+    assert (config.lr_scales, config.lisa_lr_scale) == ({"adapters": 10}, "")
+    assert replace(config, lisa_adapters=None, lisa_activated_layers=1).always_on == ("rest",)
     assert LisaConfig(lisa_adapters=4, lisa_lr_scale="adapters=1").lr_scales == {"adapters": 1}
     assert LisaConfig().lr_scales == {}
 

@@ -1,5 +1,6 @@
 """Adapters beside LISA's layers: what they are put on, what is saved and exported of them, what they cannot be."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 from cases import full
 from engines import full_weights, train_step
-from models import tiny_gpt2, tiny_llama, tiny_qwen3_moe, token_batches
+from models import tiny_gpt2, tiny_llama, tiny_qwen3_moe, tiny_tokenizer, token_batches
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 import lisa_dist
 from lisa_dist.checkpoint.export import export_checkpoint
@@ -20,8 +21,9 @@ from lisa_dist.checkpoint.resume import load_checkpoint, start_from_weights
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import write_weights
 from lisa_dist.commands.export import main as export_main
-from lisa_dist.core.adapters import ADAPTER_FILE
+from lisa_dist.core.adapters import ADAPTER_FILE, loads_adapter, save_config, weight_of
 from lisa_dist.core.controller import LisaController
+from lisa_dist.eval.model import load_model
 
 RANK = 4
 BATCHES = token_batches(6, rows=4)
@@ -173,7 +175,7 @@ def test_a_run_begins_from_weights_with_and_without_them_and_resumes_with_their_
         f"--lisa_adapters {rank}: the run saved at step 3 had {RANK}" for rank in (None, 2 * RANK)
     ]
     config = json.loads((checkpoint / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["task_type"]) == (RANK, 2 * RANK, "CAUSAL_LM")
+    assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (RANK, 2 * RANK, False)
     places = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
     assert not places.keys() & load_file(checkpoint / ADAPTER_FILE).keys()
 
@@ -196,3 +198,87 @@ def use_a_model_twice() -> None:
 
 def test_a_model_goes_on_with_them_in_a_second_run():
     run_ranks(use_a_model_twice, 1)
+
+
+def groups_of(model) -> dict[str, list[tuple[int, ...]]]:
+    of_trainer = functools.partial(Trainer.get_decay_parameter_names, None)
+    lisa = LisaController(model, lisa_dist.LisaConfig(lisa_adapters=RANK), of_trainer)
+    return {group["lisa_group"]: [tuple(one.shape) for one in group["params"]] for group in lisa.param_groups(0.1)}
+
+
+def test_a_second_run_has_the_groups_of_the_first():
+    model = tiny_llama()
+    first = groups_of(model)
+    assert {group for group in first if group.startswith("adapters")} == {"adapters/decay"}
+    assert groups_of(model) == first
+
+
+def test_a_state_dict_has_them_merged(tmp_path):
+    """So that whoever saves the model without us loses nothing."""
+    model = tiny_llama()
+    lisa = LisaController(model, lisa_dist.LisaConfig(lisa_adapters=RANK))
+    with torch.no_grad():
+        for value in lisa.blocks.adapters.parameters.values():
+            value.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    model.eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits, expected = (one(input_ids=BATCHES[0][0]).logits for one in (loaded, model))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "ends"),
+    [
+        ("deepseek_v3", {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}, {"gate_proj", "down_proj"}),
+        ("qwen2_moe", {"decoder_sparse_step": 1}, {"gate_proj", "up_proj", "down_proj", "q_proj"}),
+    ],
+)
+def test_a_mixture_has_them_on_dense_and_shared_modules_under_their_own_names(tmp_path, kind, changes, ends):
+    """peft would rename those of whole models, after the experts' own; a gate of one row has none."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"vocab_size": 128, "num_hidden_layers": 2, "shared_expert_intermediate_size": 16, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **changes))
+    linear = {
+        name
+        for name, one in model.model.layers.named_modules()
+        if isinstance(one, torch.nn.Linear) and min(one.weight.shape) > 1
+    }
+    lisa = LisaController(model, lisa_dist.LisaConfig(lisa_adapters=2, lisa_activated_layers=1))
+    names = {weight_of(name).removeprefix("model.layers.") for name in lisa.blocks.adapters.parameters}
+    assert names == {f"{name}.weight" for name in linear}
+    save_file({name: value.detach() for name, value in lisa.blocks.adapters.parameters.items()}, tmp_path / "weights")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "weights").rename(tmp_path / ADAPTER_FILE)
+    save_config(model, tmp_path)
+    assert loads_adapter(AutoModelForCausalLM.from_config(model.config), tmp_path) == (kind != "deepseek_v3")
+    assert ends <= {name.rpartition(".")[2] for name in linear}
+
+
+def save_twice(folder: Path) -> None:
+    engine, lisa = start()
+    train_step(engine, lisa, BATCHES[0])
+    for name in ("checkpoint-1", "again"):
+        save_checkpoint(lisa, folder / name)
+    end(engine, lisa)
+
+
+def test_two_saves_at_one_step_and_what_is_evaluated_of_them(tmp_path):
+    run_ranks(save_twice, 1, tmp_path)
+    one, other = (load_file(tmp_path / name / ADAPTER_FILE) for name in ("checkpoint-1", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    tiny_tokenizer().save_pretrained(tmp_path / "again")
+    export_checkpoint(tmp_path / "checkpoint-1", tmp_path / "merged")
+    evaluated = load_model(str(tmp_path / "again"))[0]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(evaluated.state_dict()[name], value, rtol=0, atol=1e-6)
+    plain = tmp_path / "checkpoint-1" / "adapter" / "adapter_config.json"
+    state = json.loads((tmp_path / "checkpoint-1" / "lisa_state.json").read_text())
+    del state["files"]["adapter/adapter_config.json"]
+    (tmp_path / "checkpoint-1" / "lisa_state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=f"does not list {plain.relative_to(tmp_path / 'checkpoint-1')}"):
+        export_checkpoint(tmp_path / "checkpoint-1", tmp_path / "unlisted")

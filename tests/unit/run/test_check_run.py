@@ -380,19 +380,34 @@ def test_a_run_that_writes_over_another_one_leaves_none_of_its_checkpoints(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("method", "rank", "said"),
+    ("changes", "rank", "said"),
     [
         (
-            "full",
+            {"layer_norms": 1},
+            "4",
+            "--layer_norms with --lisa_adapters 4: it looks at weights without their adapters; lea",
+        ),
+        (
+            {"method": "full"},
             "16",
             "--lisa_adapters 16 with --method full: they are beside layers of --method lisa; leave it out, or",
         ),
-        ("lisa", "33", "--lisa_adapters 33: model.layers.0.self_attn.k_proj.weight has 32 rows or columns; an adapter"),
+        ({}, "33", "--lisa_adapters 33: model.layers.0.self_attn.k_proj.weight has 32 rows or columns; an adapter"),
     ],
 )
-def test_adapters_that_cannot_be(folder, tmp_path, method, rank, said):
-    config = parse_arguments(flags_for(folder, tmp_path / "out", method=method, lisa_adapters=rank))
+def test_adapters_that_cannot_be(folder, tmp_path, changes, rank, said):
+    config = parse_arguments(flags_for(folder, tmp_path / "out", lisa_adapters=rank, **changes))
     assert said in refused(check_config, config)
+
+
+def test_a_model_with_an_adapter_beside_it_is_not_taken_without(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "one")
+    (tmp_path / "one" / "adapter").mkdir()
+    (tmp_path / "one" / "adapter" / "adapter_model.safetensors").touch()
+    config = parse_arguments(flags_for(folder, tmp_path / "out", model_name_or_path=tmp_path / "one"))
+    assert "its adapter is beside it; give what lisa-dist export makes of its checkpoint" in refused(
+        check_config, config
+    )
 
 
 def test_an_adapter_is_no_model(folder, tmp_path):
