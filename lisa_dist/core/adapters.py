@@ -92,9 +92,8 @@ def loads_adapter(model: Any, folder: Path) -> bool:
     path = folder / ADAPTER_FILE
     with safe_open(path, framework="pt") as file:
         names = {*file.keys()}
-    return (
-        names == get_peft_model_state_dict(get_peft_model(model, LoraConfig.from_pretrained(str(path.parent)))).keys()
-    )
+    adapted: Any = get_peft_model(model, LoraConfig.from_pretrained(str(path.parent)))
+    return names == set(get_peft_model_state_dict(adapted))
 
 
 def merge_in_state(module: Any, state: dict[str, Any], prefix: str, metadata: object) -> None:

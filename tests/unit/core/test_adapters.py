@@ -24,6 +24,7 @@ from lisa_dist.commands.export import main as export_main
 from lisa_dist.core.adapters import ADAPTER_FILE, loads_adapter, save_config, weight_of
 from lisa_dist.core.controller import LisaController
 from lisa_dist.eval.model import load_model
+from lisa_dist.files import read_json, write_json
 
 RANK = 4
 BATCHES = token_batches(6, rows=4)
@@ -277,8 +278,8 @@ def test_two_saves_at_one_step_and_what_is_evaluated_of_them(tmp_path):
     for name, value in merged.state_dict().items():
         torch.testing.assert_close(evaluated.state_dict()[name], value, rtol=0, atol=1e-6)
     plain = tmp_path / "checkpoint-1" / "adapter" / "adapter_config.json"
-    state = json.loads((tmp_path / "checkpoint-1" / "lisa_state.json").read_text())
+    state = read_json(tmp_path / "checkpoint-1" / "lisa_state.json")
     del state["files"]["adapter/adapter_config.json"]
-    (tmp_path / "checkpoint-1" / "lisa_state.json").write_text(json.dumps(state))
+    write_json(tmp_path / "checkpoint-1" / "lisa_state.json", state)
     with pytest.raises(ValueError, match=f"does not list {plain.relative_to(tmp_path / 'checkpoint-1')}"):
         export_checkpoint(tmp_path / "checkpoint-1", tmp_path / "unlisted")
