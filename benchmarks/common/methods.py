@@ -60,7 +60,7 @@ FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 FORMS = {"8 bits": 8, "4 bits": 4, "fp8": "fp8"}  # of frozen layers
 # Beside layers, at rates that suit text that is new to a model and text that is not.
-ADAPTERS = {"lisa_adapters": 16, "lisa_lr_scale": "embed=2,head=2,adapters=10"}
+ADAPTERS = {"lisa_adapters": 16, "lisa_lr_scale": "embed=2,head=2,adapters=16"}
 BADAM = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_sampler": "reshuffle"}
 
 
