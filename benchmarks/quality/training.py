@@ -52,11 +52,17 @@ class Data:
 
 
 def read_pairs(path: str) -> list[tuple[str, str]]:
-    """Questions and answers of a .jsonl, or instructions and outputs of a .json in Alpaca's format."""
+    """Questions and answers of a .jsonl, instructions and outputs of a .json in Alpaca's format, or PubMedQA's file.
+
+    Of PubMedQA's contexts the last words, which leave room for the question.
+    """
     text = Path(path).read_text(encoding="utf-8")
     if path.endswith(".jsonl"):
         return [(row["question"], row["answer"]) for row in map(json.loads, text.splitlines())]
-    return [("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]) for row in json.loads(text)]
+    if isinstance(found := json.loads(text), dict):
+        contexts = {key: " ".join(" ".join(one["CONTEXTS"]).split()[-100:]) for key, one in found.items()}
+        return [(f"{contexts[key]}\n{one['QUESTION']}", one["final_decision"]) for key, one in found.items()]
+    return [("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]) for row in found]
 
 
 def evaluate(engine, data: Data, rows: int) -> tuple[float, float]:

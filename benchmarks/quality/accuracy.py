@@ -1,0 +1,106 @@
+"""Do losses become answers? Held-out loss and accuracy of greedy answers after training, with its standard error.
+
+python -m benchmarks.quality.accuracy --model MODEL --dataset gsm8k/train.jsonl --held_out gsm8k/test.jsonl \\
+    --rates full=1e-4 "lora r16=2e-3" "lisa 5, small=4e-4" "lisa 4, adapters=1e-4"
+python -m benchmarks.quality.accuracy --model MODEL --dataset pubmedqa/ori_pqal.json --rates ...
+
+An answer is right where its last word is that of the example: a number, or yes, no or maybe. PubMedQA is one file, of
+which the second half is held out; its examples come several times. What is in the results already is not run again.
+"""
+
+import argparse
+import json
+import math
+import random
+
+import torch
+
+from benchmarks.common.methods import METHODS
+from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
+from benchmarks.common.results import parser_of, positive, write_results
+from benchmarks.quality.engines import build
+from benchmarks.quality.training import LENGTH, Data, evaluate, train
+from benchmarks.tables.outcomes import quality_key
+
+WARMUP = 10  # steps
+
+
+def run(arguments: argparse.Namespace, method: str, lr: float, seed: int) -> dict:
+    """On a rank: train on so many examples, then answer."""
+    data, held_out = read(arguments)
+    steps = arguments.examples // arguments.rows
+    passes = (random.Random(f"{seed}-{n}").sample(range(len(data.rows)), len(data.rows)) for n in range(steps))
+    order = [place for one in passes for place in one][: steps * arguments.rows]
+    batches = (data.batch(order[at : at + arguments.rows]) for at in range(0, len(order), arguments.rows))
+    rates = (lr * min(1.0, (step + 1) / WARMUP, 1 - step / steps) for step in range(steps))
+    engine, lisa = build(arguments, method, lr, seed)
+    train(engine, lisa, batches, rates)
+    if lisa is not None:
+        lisa.close()
+    loss, _ = evaluate(engine, held_out, arguments.rows)
+    right = [answers_rightly(engine.module, held_out, place) for place in range(len(held_out.rows))]
+    engine.destroy()
+    accuracy = sum(right) / len(right)
+    error = math.sqrt(accuracy * (1 - accuracy) / len(right))
+    return {"held_out": loss, "accuracy": accuracy, "standard_error": error, "answers": len(right), "steps": steps}
+
+
+def answers_rightly(model, data: Data, place: int) -> bool:
+    """Whether the greedy answer to an example ends like the example's own."""
+    (tokens, asked), tokenizer = data.rows[place], data.tokenizer
+    question = torch.tensor([tokens[:asked]])
+    with torch.no_grad():
+        generated = model.generate(
+            question,
+            attention_mask=torch.ones_like(question),
+            max_new_tokens=LENGTH,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    answer, expected = (
+        tokenizer.decode(one, skip_special_tokens=True) for one in (generated[0, asked:], tokens[asked:])
+    )
+    return answer.split()[-1:] == expected.split()[-1:]
+
+
+def read(arguments: argparse.Namespace) -> tuple[Data, Data]:
+    """Examples to train on, and those to answer, none of which is cut."""
+    if arguments.held_out is None:
+        both = Data.read(arguments.model, arguments.dataset, math.inf)
+        half = len(both.rows) // 2
+        data, held_out = both.rows[:half], both.rows[half:]
+    else:
+        data, held_out = (
+            Data.read(arguments.model, path, math.inf).rows for path in (arguments.dataset, arguments.held_out)
+        )
+    tokenizer = Data.read(arguments.model, arguments.dataset, math.inf).tokenizer
+    whole = [row for row in held_out if len(row[0]) < LENGTH]
+    return Data(tokenizer, data[: arguments.examples]), Data(tokenizer, whole[: arguments.answers])
+
+
+def main() -> None:
+    """Run every method with every seed and write what came of it."""
+    parser = parser_of(__doc__, "accuracy", with_data=True)
+    parser.add_argument("--held_out", help="examples to answer; by default the second half of --dataset")
+    parser.add_argument("--rates", nargs="+", required=True, metavar="METHOD=RATE", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--examples", type=positive, default=2000, help="to train on")
+    parser.add_argument("--answers", type=positive, default=500)
+    parser.add_argument("--rows", type=positive, default=4, help="of a step")
+    parser.add_argument("--seeds", type=positive, default=3)
+    arguments = parser.parse_args()
+    arguments.gpu = False
+    run_on_cpu()
+    figures = json.loads(arguments.results.read_text())["figures"] if arguments.results.is_file() else {}
+    for seed in range(arguments.seeds):
+        for method, rate in (words.rsplit("=", 1) for words in arguments.rates):
+            key = quality_key(method, float(rate), seed)
+            if key not in figures:
+                with RankGroup(1, Caller) as rank:
+                    (figures[key],) = rank.call("run", run, arguments, method, float(rate), seed)
+                write_results(arguments.results, figures, quiet=True)
+                print(key, figures[key], flush=True)
+
+
+if __name__ == "__main__":
+    main()
