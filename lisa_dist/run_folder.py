@@ -21,6 +21,7 @@ MEMORY_NAME = "lisa_memory.json"  # one step, planned and measured
 NORMS_NAME = "lisa_norms.csv"  # a line for each block
 IDENTITY_NAME = "lisa_identity.json"  # of a checkpoint of a trainer: what makes its run this run
 STATE_NAME = "lisa_state.json"  # of a checkpoint: all but weights and optimizer states
+ADAPTER_FILE = "adapter/adapter_model.safetensors"  # of a checkpoint or an exported model, with PEFT's config
 TRAINER_STATE_NAME = "trainer_state.json"  # transformers.trainer's, which takes long to import
 # The columns of lisa_norms.csv after the block, and one more of runs with adapters.
 NORMS = ("weight_norm", "update_norm", "moved_norm")

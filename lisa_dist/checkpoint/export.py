@@ -16,10 +16,10 @@ from lisa_dist.checkpoint.folders import put_in_place
 from lisa_dist.checkpoint.optimizer_states import STATE_FILES
 from lisa_dist.checkpoint.resume import read_state
 from lisa_dist.checkpoint.weights import has_weights, rename, weight_files, write_index
-from lisa_dist.core.adapters import ADAPTER_FILE, loads_adapter, merge, weight_of
+from lisa_dist.core.adapters import loads_adapter, merge, weight_of
 from lisa_dist.distributed.collectives import describe_files
 from lisa_dist.errors import UserError
-from lisa_dist.run_folder import STATE_NAME
+from lisa_dist.run_folder import ADAPTER_FILE, STATE_NAME
 
 # Files of a checkpoint that are not copied; weights are exported by themselves.
 _NOT_THE_MODEL = (

@@ -20,14 +20,13 @@ from lisa_dist.checkpoint.folders import checkpoints_by_age, remove_leftovers
 from lisa_dist.checkpoint.optimizer_states import MASTER, STATE_FILES, StateFiles, state_file
 from lisa_dist.checkpoint.save import ENGINE_COUNTERS
 from lisa_dist.checkpoint.weights import block_files, has_weights, read_weights, saved_blocks, weight_files
-from lisa_dist.core.adapters import ADAPTER_FILE
 from lisa_dist.core.controller import LisaController
 from lisa_dist.core.period_log import MOVEMENT_FILE
 from lisa_dist.core.selection import split_by_decay
 from lisa_dist.distributed.collectives import check_files, my_share, raise_shared, raise_together
 from lisa_dist.files import DamagedError, find_foreign_name
 from lisa_dist.optim.states import PartitionKey
-from lisa_dist.run_folder import IDENTITY_NAME, STATE_NAME, check_state
+from lisa_dist.run_folder import ADAPTER_FILE, IDENTITY_NAME, STATE_NAME, check_state
 from lisa_dist.zero.partitions import ZeroPartitions
 
 # What the Trainer loads by `torch.load`; the schedule is loaded by us.

@@ -27,7 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from lisa_dist.checkpoint.optimizer_states import copy_on_host
 from lisa_dist.config_rules import ADAPTERS
-from lisa_dist.core.adapters import ADAPTER_FILE, adapter_config, merge, weight_of
+from lisa_dist.core.adapters import adapter_config, merge, weight_of
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.run_state import SavedBlocks
 from lisa_dist.distributed.collectives import gather, sharing_errors, together
@@ -36,7 +36,7 @@ from lisa_dist.distributed.run_lock import run_id
 from lisa_dist.errors import UserError
 from lisa_dist.files import find_foreign_name, make_durable, replacing, set_mode_by_umask
 from lisa_dist.patches import patch
-from lisa_dist.run_folder import read_object
+from lisa_dist.run_folder import ADAPTER_FILE, read_object
 from lisa_dist.zero.parameters import (
     file_name,
     is_partitioned,

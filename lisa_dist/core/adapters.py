@@ -16,15 +16,14 @@ import torch
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
-from lisa_dist.core.blocks import Blocks
+from lisa_dist.core.blocks import OUR_ADAPTERS, Blocks
 from lisa_dist.core.matrices import quantizable_matrices
 from lisa_dist.errors import UserError
+from lisa_dist.run_folder import ADAPTER_FILE
 from lisa_dist.zero.parameters import ADAPTER_PREFIX, file_name, is_partitioned, parameter_shape
 
-ADAPTER_FILE = "adapter/adapter_model.safetensors"  # of a checkpoint or an exported model
 SCALE = 2  # alpha over r, as most recipes have it
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_OURS = "lisa_dist_adapters"  # on a model, PEFT's config of them
 
 
 def add_adapters(model: Any, blocks: Blocks, rank: int, seed: int = 0) -> None:
@@ -71,18 +70,18 @@ def add_adapters(model: Any, blocks: Blocks, rank: int, seed: int = 0) -> None:
             blocks.adapters.parameters[file_name(name)] = parameter
     ends = sorted({path.partition(".")[2] for path in paths})
     config.target_modules = rf"{re.escape(prefix)}\d+\.(?:{'|'.join(map(re.escape, ends))})"
-    vars(model)[_OURS] = config
+    vars(model)[OUR_ADAPTERS] = config
 
 
 def adapter_config(model: Any) -> dict[str, Any]:
     """PEFT's of a model with adapters, as adapter_config.json has it; nothing of one without."""
-    config = vars(model).get(_OURS)
+    config = vars(model).get(OUR_ADAPTERS)
     return {} if config is None else config.to_dict()
 
 
 def save_config(model: Any, folder: Path) -> None:
     """Write adapter_config.json of a model with adapters into the folder that `ADAPTER_FILE` has."""
-    vars(model)[_OURS].save_pretrained(str((folder / ADAPTER_FILE).parent))
+    vars(model)[OUR_ADAPTERS].save_pretrained(str((folder / ADAPTER_FILE).parent))
 
 
 def loads_adapter(model: Any, folder: Path) -> bool:

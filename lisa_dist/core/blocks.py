@@ -31,6 +31,7 @@ from lisa_dist.zero.parameters import ADAPTER_PREFIX, file_name, original_of, pa
 
 # On a parameter that LISA has frozen, so that a later run in the same process does not take it for the user's choice.
 _FROZEN_BY_LISA = "lisa_dist_frozen"
+OUR_ADAPTERS = "lisa_dist_adapters"  # on a model, PEFT's config of those of --lisa_adapters
 DecayRule = Callable[[nn.Module], Iterable[str]]  # the names of a model's parameters to which weight decay applies
 _OF_OTHER_MODELS = ("ForMaskedLM", "ForQuestionAnswering", "ForTokenClassification")  # which write no text
 
@@ -189,7 +190,8 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
         for parameter in parameters:
             owner.setdefault(id(parameter), block)
 
-    names = {id(parameter): file_name(name) for name, parameter in model.named_parameters()}
+    called = file_name if OUR_ADAPTERS in vars(model) else str  # those of others stay with their layers
+    names = {id(parameter): called(name) for name, parameter in model.named_parameters()}
     adapters = Block(ADAPTERS)  # of an earlier run
     claim((one for one in model.parameters() if names[id(one)].startswith(ADAPTER_PREFIX)), adapters)
     for block, layer in zip(layers, layer_list, strict=True):

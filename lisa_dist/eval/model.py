@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_dist.core.adapters import ADAPTER_FILE
 from lisa_dist.errors import UserError
+from lisa_dist.run_folder import ADAPTER_FILE
 from lisa_dist.text import no_such_model
 
 

@@ -19,7 +19,7 @@ from trl import SFTConfig
 from lisa_dist.checkpoint.resume import has_only_weights
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
-from lisa_dist.core.adapters import ADAPTER_FILE, add_adapters
+from lisa_dist.core.adapters import add_adapters
 from lisa_dist.core.blocks import (
     find_blocks,
     model_without_weights,
@@ -41,7 +41,15 @@ from lisa_dist.memory.planner import fewest_of_lora
 from lisa_dist.run.arguments import DEQUANTIZED, RunConfig, model_config_of, stored_quantization
 from lisa_dist.run.settle import check_auto_layers, check_loss_of_run
 from lisa_dist.run.task_configs import LisaOptimizerNames
-from lisa_dist.run_folder import RUN_NAME, STATE_NAME, TRAINER_STATE_NAME, check_overwrites, check_state, read_object
+from lisa_dist.run_folder import (
+    ADAPTER_FILE,
+    RUN_NAME,
+    STATE_NAME,
+    TRAINER_STATE_NAME,
+    check_overwrites,
+    check_state,
+    read_object,
+)
 from lisa_dist.shapes import misfit
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT, refuse_flags_of_sft
 from lisa_dist.text import in_one_line, no_such_model

@@ -24,6 +24,7 @@ ALLOWED = {
         "checkpoint/resume.py",
         "setattr(engine, name, state['engine'][name])",
     ): "counters of a run, as DeepSpeed loads them",
+    ("core/adapters.py", "vars(model)[OUR_ADAPTERS]"): "a mark of ours",
     ("core/blocks.py", "setattr(parameter, _FROZEN_BY_LISA, not active)"): "a mark of ours",
     ("core/blocks.py", "vars(parameter).pop(_FROZEN_BY_LISA, False)"): "a mark of ours",
     (

@@ -127,7 +127,7 @@ def test_a_resumed_run_is_the_run(tmp_path, ds_config, dtype):
         full("zero2", {"optim": "lisa_adamw", "tied": True, "lisa": FACTORED}),
         ("zero3", {"optim": "lisa_adamw", "lisa": FACTORED | DRAWN | {"lisa_master": "bf16_sr", "lisa_state": "keep"}}),
         full("zero2", {"lisa": ADAPTIVE}),
-        ("zero2", {"optim": "lisa_adamw", "lisa": ADAPTERS | {"lisa_frozen_bits": 4}}),
+        ("zero2", {"optim": "lisa_adamw", "lisa": ADAPTERS | {"lisa_frozen_bits": 4, "lisa_master": "bf16_sr"}}),
         full("zero2", {"lisa": ADAPTERS | {"lisa_frozen_bits": 8, "lisa_state": "keep"}}),
         ("zero3", {"accumulation": 2, "tied": True, "lisa": ADAPTERS | {"lisa_offload": "adapters"}}),
         ("zero2", {"lisa": {"lisa_sampler": "balanced", "lisa_lr_scale": "embed=0.5,layers=2"}}),
@@ -204,6 +204,13 @@ BF16 = {"dtype": torch.bfloat16}
         full(THEIRS, 6, ("zero2", 2), [("zero3", 2, OURS)], 2e-3),
         (LISA_ADAMW | BF16, 5, ("zero2", 2), [("zero3", 2, NO_MASTERS)], 0.01),
         (NO_MASTERS | BF16, 5, ("zero2", 2), [("zero3", 2, LISA_ADAMW)], 0.01),
+        full(
+            BF16 | {"lisa": ADAPTERS | {"lisa_frozen_bits": 4}},
+            5,
+            ("zero2", 2),
+            [("zero1", 1, {}), ("zero2", 4, {})],
+            0.01,
+        ),
         ({"lisa": ADAPTERS}, 5, ("zero2", 2), [("zero3", 1, {}), ("zero2", 4, {})], 1e-5),
     ],
 )

@@ -21,10 +21,11 @@ from lisa_dist.checkpoint.resume import load_checkpoint, start_from_weights
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import write_weights
 from lisa_dist.commands.export import main as export_main
-from lisa_dist.core.adapters import ADAPTER_FILE, loads_adapter, save_config, weight_of
+from lisa_dist.core.adapters import loads_adapter, save_config, weight_of
 from lisa_dist.core.controller import LisaController
 from lisa_dist.eval.model import load_model
 from lisa_dist.files import read_json, write_json
+from lisa_dist.run_folder import ADAPTER_FILE
 
 RANK = 4
 BATCHES = token_batches(6, rows=4)

@@ -342,7 +342,12 @@ def test_an_evaluation_may_come_before_training(tmp_path):
 
 @pytest.mark.parametrize(
     ("ds_config", "changes"),
-    [full("zero2", {}), ("zero3", {}), ("zero2", {"bf16": True, "lisa_frozen_bits": 4, "save_async": True})],
+    [
+        full("zero2", {}),
+        full("zero3", {"lisa_adapters": 4}),
+        ("zero3", {}),
+        ("zero2", {"bf16": True, "lisa_frozen_bits": 4, "save_async": True}),
+    ],
 )
 def test_the_best_model_is_loaded_at_the_end(tmp_path, ds_config, changes):
     """Here the first, which had the greatest loss; its layers are inactive at the end."""
