@@ -21,7 +21,7 @@ PLANNED_LAYERS = (AUTO_LAYERS, LORA_LAYERS)
 OUTER_BLOCKS = ("embed", "head", "rest")
 ADAPTERS = "adapters"  # the block of --lisa_adapters
 OPTIMIZED_BLOCKS = (*OUTER_BLOCKS, ADAPTERS, "layers")  # that learning rates and states are given by
-ADAPTERS_RATE = 10.0  # their learning rate, in units of the layers', where none is given
+ADAPTERS_RATE = 16.0  # their learning rate, in units of the layers', where none is given
 FACTORED = "factored"  # in the place of bits: a second moment by row and column, and no first one
 StateBits = int | str
 

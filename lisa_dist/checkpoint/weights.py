@@ -38,8 +38,8 @@ from lisa_dist.files import find_foreign_name, make_durable, replacing, set_mode
 from lisa_dist.patches import patch
 from lisa_dist.run_folder import ADAPTER_FILE, read_object
 from lisa_dist.zero.parameters import (
-    file_name,
     is_partitioned,
+    naming_of,
     original_of,
     parameter_numel,
     parameter_shape,
@@ -323,7 +323,7 @@ def _check_same_model(
         if (tuple(shape), dtype) != (parameter_shape(value), value.dtype):
             other.append(f"{name} is {dtype} {shape}, not {value.dtype} {list(parameter_shape(value))}")
     named = model.named_parameters(remove_duplicate=False)  # a tied matrix may be in the files by its second name too
-    known = expected.keys() | {file_name(name) for name, _ in named}
+    known = expected.keys() | set(map(naming_of(model), (name for name, _ in named)))
     differences = {
         "parameters of the model are not in it": expected.keys() - saved.keys(),
         "of its tensors are not in the model": saved.keys() - known,

@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
-from lisa_dist.core.blocks import OUR_ADAPTERS, Blocks
+from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.matrices import quantizable_matrices
 from lisa_dist.errors import UserError
 from lisa_dist.run_folder import ADAPTER_FILE
-from lisa_dist.zero.parameters import ADAPTER_PREFIX, file_name, is_partitioned, parameter_shape
+from lisa_dist.zero.parameters import ADAPTER_PREFIX, OUR_ADAPTERS, file_name, is_partitioned, parameter_shape
 
 SCALE = 2  # alpha over r, as most recipes have it
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -108,7 +108,9 @@ def weight_of(adapter: str) -> str:
 
 
 def merge(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights by name, and the adapters that are among them added, in fp32; `config` is PEFT's of these."""
+    """Weights by name, adapters among them added in fp32; `config` is PEFT's of these, empty where there are none."""
+    if not config:
+        return {**tensors}
     merged = {name: value for name, value in tensors.items() if not name.endswith((_A, _B))}
     for name in tensors.keys() - merged.keys():
         if name.endswith(_A):

@@ -27,11 +27,10 @@ from lisa_dist.errors import UserError
 from lisa_dist.patches import patched
 from lisa_dist.tasks import REWARD
 from lisa_dist.text import in_one_line
-from lisa_dist.zero.parameters import ADAPTER_PREFIX, file_name, original_of, parameter_numel, parameter_shape
+from lisa_dist.zero.parameters import ADAPTER_PREFIX, naming_of, original_of, parameter_numel, parameter_shape
 
 # On a parameter that LISA has frozen, so that a later run in the same process does not take it for the user's choice.
 _FROZEN_BY_LISA = "lisa_dist_frozen"
-OUR_ADAPTERS = "lisa_dist_adapters"  # on a model, PEFT's config of those of --lisa_adapters
 DecayRule = Callable[[nn.Module], Iterable[str]]  # the names of a model's parameters to which weight decay applies
 _OF_OTHER_MODELS = ("ForMaskedLM", "ForQuestionAnswering", "ForTokenClassification")  # which write no text
 
@@ -101,7 +100,7 @@ class Blocks:
 
             of_trainer: Any = Trainer.get_decay_parameter_names  # looks at nothing of a trainer
             rule = functools.partial(of_trainer, None)
-        decaying = frozenset(map(file_name, rule(model)))
+        decaying = frozenset(map(naming_of(model), rule(model)))
         for block in self:
             block.decaying = decaying
 
@@ -190,7 +189,7 @@ def find_blocks(model: nn.Module, layers_attribute: str | None = None) -> Blocks
         for parameter in parameters:
             owner.setdefault(id(parameter), block)
 
-    called = file_name if OUR_ADAPTERS in vars(model) else str  # those of others stay with their layers
+    called = naming_of(model)  # adapters of others stay with their layers
     names = {id(parameter): called(name) for name, parameter in model.named_parameters()}
     adapters = Block(ADAPTERS)  # of an earlier run
     claim((one for one in model.parameters() if names[id(one)].startswith(ADAPTER_PREFIX)), adapters)

@@ -34,7 +34,7 @@ from lisa_dist.distributed.collectives import gather
 from lisa_dist.errors import UserError
 from lisa_dist.optim.ops import has_fp8
 from lisa_dist.text import format_bytes
-from lisa_dist.zero.parameters import file_name, set_original
+from lisa_dist.zero.parameters import naming_of, set_original
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # of experts, which read them as their module's weights
 
@@ -211,7 +211,8 @@ class FrozenLayers:
 
     def _put_originals(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         """Whoever saves the model by its state dict has the originals."""
-        keys = {file_name(key.removeprefix(prefix)): key for key in state}
+        called = naming_of(module)
+        keys = {called(key.removeprefix(prefix)): key for key in state}
         for number in self._frozen:
             for name in self._layers[number]:
                 state[keys[name]] = self._quantized[name].original

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,13 @@ class Original(Protocol):
 
 _ORIGINAL = "lisa_original"  # on a parameter
 ADAPTER_PREFIX = "base_model.model."  # of the names in PEFT's files
+OUR_ADAPTERS = "lisa_dist_adapters"  # on a model, PEFT's config of those of --lisa_adapters
 _ADAPTER = re.compile(r"\.(lora_[AB])\.default\.weight$")
+
+
+def naming_of(model: torch.nn.Module) -> Callable[[str], str]:
+    """How the files of a model call its parameters: as it does, without the modules of --lisa_adapters."""
+    return file_name if OUR_ADAPTERS in vars(model) else str
 
 
 def file_name(name: str) -> str:

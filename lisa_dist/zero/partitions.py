@@ -41,8 +41,8 @@ class ZeroPartitions:
         check_pin_memory_backend()
         self.engine = engine
         self._stage = stage_of(engine)
-        named = engine.module.named_parameters()
-        self._names = {id(parameter): parameters.file_name(name) for name, parameter in named}
+        named, called = engine.module.named_parameters(), parameters.naming_of(engine.module)
+        self._names = {id(parameter): called(name) for name, parameter in named}
         self._placeholders: dict[int, torch.nn.Parameter] = {}
         self._forward_hooks: list[RemovableHandle] = []
         check_private_names(engine, self._stage, CARRIED_FIELDS)

@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist
 
 from lisa_dist.zero import stages
-from lisa_dist.zero.parameters import file_name
+from lisa_dist.zero.parameters import naming_of
 
 # Overrides of DeepSpeed that a run is right without: of gradients, whatever the optimizer; of an embedding's by rows.
 GRADIENT_NAMES = (
@@ -36,7 +36,8 @@ def without(*names: str) -> Iterator[None]:
 
 def full_weights(engine) -> dict[str, torch.Tensor]:
     """A copy of every parameter, gathered where ZeRO-3 has cut it, by the names of a checkpoint."""
-    parameters = {file_name(name): value for name, value in engine.module.named_parameters()}
+    called = naming_of(engine.module)
+    parameters = {called(name): value for name, value in engine.module.named_parameters()}
     with deepspeed.zero.GatheredParameters([*parameters.values()], enabled=engine.zero_optimization_stage() == 3):
         return {name: value.detach().clone() for name, value in parameters.items()}
 

@@ -27,7 +27,7 @@ OF_OTHERS = {
     "Failed to load CPU gemm_4bit_forward": "bitsandbytes/backends/cpu/ops.py",
 }
 # Read before the parser; a prefix; of other programs.
-NO_RUN_FLAGS = {"--config", "--lisa_", "--pid", "--shm-size", "--master_port", "--master-port"}
+NO_RUN_FLAGS = {"--config", "--lisa_", "--keep_adapter", "--pid", "--shm-size", "--master_port", "--master-port"}
 
 
 def strings_of(path: Path) -> list[str]:

@@ -118,7 +118,7 @@ def test_blocks_come_in_model_order():
 def test_adapters_are_always_on_at_a_rate_of_their_own():
     config = LisaConfig(lisa_adapters=4, lisa_always_on="rest", lisa_frozen="embed,head", lisa_activated_layers=0)
     assert (config.always_on, config.lisa_always_on) == (("rest", "adapters"), "rest")
-    assert (config.lr_scales, config.lisa_lr_scale) == ({"adapters": 10}, "")
+    assert (config.lr_scales, config.lisa_lr_scale) == ({"adapters": 16}, "")
     assert replace(config, lisa_adapters=None, lisa_activated_layers=1).always_on == ("rest",)
     assert LisaConfig(lisa_adapters=4, lisa_lr_scale="adapters=1").lr_scales == {"adapters": 1}
     assert LisaConfig().lr_scales == {}

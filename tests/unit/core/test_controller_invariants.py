@@ -142,7 +142,7 @@ def reference_losses(build, blocks_of_period, options: dict, adapters: dict[str,
         linear = [torch.nn.ParameterList(layer.parameters()) for layer in layers_of(model)]
         for path, module in [(name, one) for name, one in model.named_modules() if one in linear_modules(model)]:
             adapted = Adapted(module, adapters[f"base_model.model.{path}.lora_A.weight"], scale=2.0)
-            scale_of |= {id(one): scales.get("adapters", 10.0) for one in (adapted.of_inputs, adapted.of_outputs)}
+            scale_of |= {id(one): scales.get("adapters", 16.0) for one in (adapted.of_inputs, adapted.of_outputs)}
             model.set_submodule(path, adapted)
     return train_reference_by_blocks(
         model,
