@@ -142,7 +142,7 @@ def reference_losses(build, blocks_of_period, options: dict, adapters: dict[str,
         linear = [torch.nn.ParameterList(layer.parameters()) for layer in layers_of(model)]
         for path, module in [(name, one) for name, one in model.named_modules() if one in linear_modules(model)]:
             adapted = Adapted(module, adapters[f"base_model.model.{path}.lora_A.weight"], scale=2.0)
-            scale_of |= {id(one): scales.get("adapters", 16.0) for one in (adapted.of_inputs, adapted.of_outputs)}
+            scale_of |= {id(one): scales.get("adapters", 3.0) for one in (adapted.of_inputs, adapted.of_outputs)}
             model.set_submodule(path, adapted)
     return train_reference_by_blocks(
         model,
@@ -187,7 +187,7 @@ SAMPLED_OUTER = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.3,
 SAMPLED_OUTER |= {"lisa_activated_layers": 1}  # periods that train a layer, the embedding or the head, each alone
 MODULES = {"lisa_unit": "module", "lisa_budget": "8%"}
 # The rest's rate, which no scale names, is the schedule's.
-ADAPTERS, ADAPTERS_SLOW = {"lisa_adapters": 4}, {"lisa_lr_scale": "adapters=3"}
+ADAPTERS = {"lisa_adapters": 4, "lisa_lr_scale": "adapters=3"}
 SCALED = with_lisa(
     {"lisa_lr_scale": "embed=0.5,head=0.25,layers=2.0"}, scales={"embed": 0.5, "head": 0.25, "layers": 2.0}
 )
@@ -232,7 +232,7 @@ FROZEN_EMBED = with_lisa(NO_EMBED, RESHUFFLE, **CHECKPOINTING)
         ("zero1", with_lisa(ADAPTERS, build=tiny_gpt2)),
         (
             "zero2",
-            with_lisa(ADAPTERS, {"lisa_lr_scale": "adapters=3"}, scales={"adapters": 3.0}, ranks=4, **LISA_ADAMW),
+            with_lisa(ADAPTERS, ranks=4, **LISA_ADAMW),
         ),
         ("zero3", with_lisa(ADAPTERS, **CHECKPOINTING, **ACCUMULATION)),
         full("zero3", with_lisa(ADAPTERS, {"lisa_state": "keep"}, ranks=4)),
