@@ -152,8 +152,11 @@ def best_first(of: list, figures: dict) -> Iterable[Row]:
 
 
 def outcomes(of: dict, *tasks: dict) -> Iterator[Row]:
-    for name, shown in of.items():
-        yield shown, *(outcome(name, figures) for figures in tasks)
+    """By a method, or one for stories260K and one for SmolLM2, apart by a bar."""
+    for names, shown in of.items():
+        first, *second = names.split(" | ")
+        methods = [first] * (2 if second else len(tasks)) + 2 * second
+        yield shown, *(outcome(name, figures) for name, figures in zip(methods, tasks, strict=True))
 
 
 def where_run(of: list, *tasks: dict) -> Iterator[Row]:
@@ -168,7 +171,9 @@ def by_share(of: list, shares: dict, *tasks: dict) -> Iterator[Row]:
     for name, planned, of_stories, of_smollm2 in of:
         peaks = (of_model[planned] for of_model in shares.values())
         methods = (of_stories, of_stories, of_smollm2, of_smollm2)
-        yield name, *peaks, *(outcome(one, task, may_lack=True) for one, task in zip(methods, tasks, strict=True))
+        cells = [outcome(one, task, may_lack=True) for one, task in zip(methods, tasks, strict=True)]
+        if any(cell["seeds"] for cell in cells):  # else nobody has run it yet
+            yield name, *peaks, *cells
 
 
 def ideas(of: str, *tasks: dict) -> Iterator[Row]:
