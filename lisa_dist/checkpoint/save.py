@@ -17,7 +17,7 @@ import contextlib
 import shutil
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -33,9 +33,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from lisa_dist.checkpoint.folders import make_staging, put_in_place
 from lisa_dist.checkpoint.optimizer_states import copy_on_host, state_file, states_on_host
 from lisa_dist.checkpoint.weights import (
-    assign,
+    BlockFile,
     block_files,
-    host_by_host,
     link_unchanged,
     save_without_weights,
     write_index,
@@ -227,6 +226,23 @@ class _Save(contextlib.AbstractContextManager["_Save"]):
                 save_file(tensors, self.staging / name, metadata=about)
                 self._written.append(name)
         self._on_host.clear()
+
+
+def assign(files: Sequence[BlockFile], order: Sequence[int]) -> dict[str, int]:
+    """Which rank writes which file: the largest first, each to the rank that has least, by `order` where several do."""
+    held = dict.fromkeys(order, 0)
+    owners = {}
+    for file in sorted(files, key=lambda file: -file.nbytes):
+        owner = min(held, key=lambda rank: held[rank])
+        owners[file.name] = owner
+        held[owner] += file.nbytes
+    return owners
+
+
+def host_by_host(hosts: Sequence[str]) -> list[int]:
+    """The ranks, of which the hosts are given, in an order in which every host comes by before one comes again."""
+    before = [hosts[:rank].count(host) for rank, host in enumerate(hosts)]
+    return sorted(range(len(hosts)), key=lambda rank: (before[rank], rank))
 
 
 def _describe_run(lisa: LisaController) -> dict[str, Any]:

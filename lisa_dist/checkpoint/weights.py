@@ -27,7 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from lisa_dist.checkpoint.optimizer_states import copy_on_host
 from lisa_dist.config_rules import ADAPTERS
-from lisa_dist.core.adapters import adapter_config, merge, weight_of
+from lisa_dist.core.adapters import adapter_config, beside, merge
 from lisa_dist.core.blocks import Blocks
 from lisa_dist.core.run_state import SavedBlocks
 from lisa_dist.distributed.collectives import gather, sharing_errors, together
@@ -68,7 +68,8 @@ def write_weights(
     """
     model, rank = engine.module, dist.get_rank()
     drop_prefetched(engine)
-    shards = list(_fill_shards(_parts_with_adapters(model, blocks), max_shard_size))
+    parts = [part | beside(part, blocks) for block, part in named_parts(model, blocks) if block != ADAPTERS]
+    shards = list(_fill_shards(parts, max_shard_size))
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -235,16 +236,6 @@ def named_parts(model: torch.nn.Module, blocks: Blocks) -> list[tuple[str, dict[
     return [*parts, (BUFFERS, {name: value for name, value in model.named_buffers() if name not in left_out})]
 
 
-def _parts_with_adapters(model: torch.nn.Module, blocks: Blocks) -> list[dict[str, torch.Tensor]]:
-    """The same, and the adapters in the part of the weights that they are beside."""
-    adapters = {name: (weight_of(name), value) for name, value in blocks.adapters.parameters.items()}
-    return [
-        part | {name: value for name, (weight, value) in adapters.items() if weight in part}
-        for block, part in named_parts(model, blocks)
-        if block != ADAPTERS
-    ]
-
-
 def _fill_shards(
     parts: Iterable[dict[str, torch.Tensor]], max_shard_size: int
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -394,23 +385,6 @@ def link_unchanged(
             make_durable(staging / file.name)
         linked[file.name] = about
     return linked
-
-
-def assign(files: Sequence[BlockFile], order: Sequence[int]) -> dict[str, int]:
-    """Which rank writes which file: the largest first, each to the rank that has least, by `order` where several do."""
-    held = dict.fromkeys(order, 0)
-    owners = {}
-    for file in sorted(files, key=lambda file: -file.nbytes):
-        owner = min(held, key=lambda rank: held[rank])
-        owners[file.name] = owner
-        held[owner] += file.nbytes
-    return owners
-
-
-def host_by_host(hosts: Sequence[str]) -> list[int]:
-    """The ranks, of which the hosts are given, in an order in which every host comes by before one comes again."""
-    before = [hosts[:rank].count(host) for rank, host in enumerate(hosts)]
-    return sorted(range(len(hosts)), key=lambda rank: (before[rank], rank))
 
 
 def _nbytes(tensors: Mapping[str, torch.Tensor]) -> int:

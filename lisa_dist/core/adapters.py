@@ -8,7 +8,7 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1: W x + alpha / r B A x
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,11 @@ def merge_in_state(module: Any, state: dict[str, Any], prefix: str, metadata: ob
 def weight_of(adapter: str) -> str:
     """The name of the weight that an adapter's matrix, A or B, is beside."""
     return f"{adapter.removeprefix(ADAPTER_PREFIX).removesuffix(_A).removesuffix(_B)}.weight"
+
+
+def beside(weights: Container[str], blocks: Blocks) -> dict[str, torch.Tensor]:
+    """The adapters of these weights, by name."""
+    return {name: value for name, value in blocks.adapters.parameters.items() if weight_of(name) in weights}
 
 
 def merge(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:

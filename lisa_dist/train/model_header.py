@@ -11,7 +11,7 @@ from lisa_dist.core.controller import LisaController
 from lisa_dist.ds_config import uses_optimizer_offload
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.optim.ops import choose_kernels
-from lisa_dist.text import format_bytes, format_count, format_table
+from lisa_dist.text import format_by_block, format_bytes, format_count, format_table
 
 
 def describe_training(
@@ -58,7 +58,7 @@ def describe_training(
         ),
         ("inactive", format_count(total - active)),
         ("period", f"{config.lisa_interval_steps} steps with {trained}, {config.lisa_sampler}"),
-        *([("scales of it", _describe_scales(config.lr_scales))] if config.lr_scales else []),
+        *([("scales of it", format_by_block("--lisa_lr_scale", "", config.lr_scales))] if config.lr_scales else []),
         *ranks,
         ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s){of_hosts}"),
         ("optimizer", _describe_optimizer(optim, ds_config, engine.device.type)),
@@ -68,10 +68,6 @@ def describe_training(
         ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
     ]
     return "LISA\n" + format_table(rows)
-
-
-def _describe_scales(scales: dict[str, float]) -> str:
-    return ",".join(f"{block}={scale:g}" for block, scale in scales.items())
 
 
 def _describe_outside(lisa: LisaController) -> str:

@@ -20,8 +20,8 @@ import lisa_dist
 from lisa_dist.checkpoint import save as save_module
 from lisa_dist.checkpoint import weights as weights_module
 from lisa_dist.checkpoint.resume import find_checkpoint, load_checkpoint
-from lisa_dist.checkpoint.save import end_save, finish_save, save_checkpoint
-from lisa_dist.checkpoint.weights import BlockFile, assign, host_by_host, link_unchanged
+from lisa_dist.checkpoint.save import assign, end_save, finish_save, host_by_host, save_checkpoint
+from lisa_dist.checkpoint.weights import BlockFile, link_unchanged
 from lisa_dist.core.run_state import BlockChanges, SavedBlocks
 from lisa_dist.files import SaveError
 
