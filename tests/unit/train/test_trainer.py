@@ -344,7 +344,7 @@ def test_an_evaluation_may_come_before_training(tmp_path):
     ("ds_config", "changes"),
     [
         full("zero2", {}),
-        full("zero3", {"lisa_adapters": 4}),
+        full("zero3", {"lisa_adapters": 4, "lisa_lr_scale": "adapters=1"}),
         ("zero3", {}),
         ("zero2", {"bf16": True, "lisa_frozen_bits": 4, "save_async": True}),
     ],
