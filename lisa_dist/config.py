@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from lisa_dist.config_rules import (
     ADAPTERS,
     ADAPTERS_RATE,
+    EMBED_RATE,
     FACTORED,
     OPTIMIZED_BLOCKS,
     OUTER_BLOCKS,
@@ -26,6 +27,7 @@ from lisa_dist.config_rules import (
     check_states,
     check_units,
     parse_share,
+    scales_beside,
 )
 from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
@@ -95,8 +97,9 @@ class LisaConfig:
     )
     lisa_lr_scale: str = setting(
         "",
-        "Multiplies the learning rate by block, such as embed=0.5,head=0.5,layers=1; by default by 1, of adapters "
-        f"by {ADAPTERS_RATE:g}.",
+        "Multiplies the learning rate by block, such as embed=0.5,head=0.5,layers=1; by default by 1. Beside "
+        f"adapters of rank r embed and head have {EMBED_RATE:g}, and adapters {ADAPTERS_RATE:g}, or 64 / sqrt(r) above "
+        "rank 16.",
     )
     lisa_always_on: str = setting(
         "embed,head,rest",
@@ -208,7 +211,7 @@ class LisaConfig:
     @property
     def lr_scales(self) -> dict[str, float]:
         """What the learning rate of blocks is multiplied by, where that is not 1."""
-        return ({} if self.lisa_adapters is None else {ADAPTERS: ADAPTERS_RATE}) | self.given_scales
+        return scales_beside(self.lisa_adapters, self.frozen) | self.given_scales
 
     @property
     def given_scales(self) -> dict[str, float]:

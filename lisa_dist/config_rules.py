@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 from lisa_dist.errors import UserError
@@ -21,7 +22,7 @@ PLANNED_LAYERS = (AUTO_LAYERS, LORA_LAYERS)
 OUTER_BLOCKS = ("embed", "head", "rest")
 ADAPTERS = "adapters"  # the block of --lisa_adapters
 OPTIMIZED_BLOCKS = (*OUTER_BLOCKS, ADAPTERS, "layers")  # that learning rates and states are given by
-ADAPTERS_RATE = 16.0  # their learning rate, in units of the layers', where none is given
+EMBED_RATE, ADAPTERS_RATE = 2.0, 16.0  # with adapters: learning rates in units of the layers', where none are given
 FACTORED = "factored"  # in the place of bits: a second moment by row and column, and no first one
 StateBits = int | str
 
@@ -145,6 +146,14 @@ def check_blocks(config: Any) -> None:
             )
         if not 0 < probability <= 1:
             raise UserError(f"{flag}: a probability is above 0 and at most 1; {block} has {probability:g}.")
+
+
+def scales_beside(rank: int | None, frozen: Collection[str]) -> dict[str, float]:
+    """What learning rates are multiplied by where adapters of a rank train; of larger ranks as its root falls."""
+    if rank is None:
+        return {}
+    of_embed = {block: EMBED_RATE for block in ("embed", "head") if block not in frozen}
+    return of_embed | {ADAPTERS: ADAPTERS_RATE * min(1.0, (16 / rank) ** 0.5)}
 
 
 def check_lr_scales(config: Any) -> None:

@@ -180,6 +180,11 @@ def fill_layer_gathers(config: dict, largest_layer: int | None, hidden_size: int
     return True
 
 
+def cuts_weights(config: dict) -> bool:
+    """Whether ZeRO cuts the weights between the ranks, as on stage 3."""
+    return (config.get("zero_optimization") or {}).get("stage") == 3
+
+
 def offloads_parameters(config: dict) -> bool:
     """Whether ZeRO-3 keeps the weights on the host."""
     offload = (config.get("zero_optimization") or {}).get("offload_param") or {}

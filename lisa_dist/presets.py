@@ -10,9 +10,13 @@ from lisa_dist.tasks import GRPO
 # What needs least of the device, and loses nothing that was measured (benchmarks/REPORT.md); for --optim lisa_adamw.
 SMALL_MOMENTS = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 SMALL_STATES = SMALL_MOMENTS | {"lisa_master": "bf16_sr"}  # of weights in bf16
-LORA, PAPER, NONE = "lora", "paper", "none"
+_PLANNED: dict[str, Any] = {"optim": "lisa_adamw", "lisa_activated_layers": LORA_LAYERS} | SMALL_STATES
+LORA, ADAPTERS, PAPER, NONE = "lora", "adapters", "paper", "none"
+SMALL = (LORA, ADAPTERS)  # those that fit layers into LoRA's memory, with small states
 PRESETS: dict[str, dict[str, Any]] = {
-    LORA: {"optim": "lisa_adamw", "lisa_activated_layers": LORA_LAYERS} | SMALL_STATES,
+    LORA: _PLANNED,
+    # Nearest to full training on text that is new to a model and on text that is not (benchmarks/REPORT.md).
+    ADAPTERS: _PLANNED | {"lisa_adapters": 32, "lisa_frozen_bits": "8", "lisa_state_bits": "embed=8,head=8,layers=8"},
     # Algorithm 1 and the settings of the runs of Pan et al. (arXiv 2403.17919): every state starts afresh in a period.
     PAPER: {
         "optim": "adamw_torch_fused",
@@ -26,8 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESET_HELP = (
     "Settings by one name: lora (as many layers as fit what a step of LoRA takes and a tenth, half of them at most, "
-    "lisa_adamw with small states), paper (2 layers, 20 steps, AdamW in 32 bits that starts afresh in each "
-    "period) or none."
+    "lisa_adamw with small states), adapters (the same beside adapters, frozen layers in 8 bits), paper (2 "
+    "layers, 20 steps, AdamW in 32 bits that starts afresh in each period) or none."
 )
 
 
@@ -59,25 +63,28 @@ def choose_preset(
     offloads: bool,
     by_module: bool,
     in_bf16: bool,
+    cuts_layers: bool,
     can_plan: bool,
 ) -> tuple[str, dict[str, Any]]:
     """The preset of a run, and what it sets: all but the `given` names, and but what the run cannot have.
 
     By default it is lora where the user has said nothing of what that sets, and a step can be planned. Small moments go
-    with no other optimizer and no states on the host; weights that are not in bf16 have masters; of modules
-    `--lisa_budget` says how many train. Raises UserError where lora is `asked` for and no step can be planned.
+    with no other optimizer and no states on the host; weights that are not in bf16 have masters, and are not quantized,
+    nor are those that ZeRO-3 cuts; of modules `--lisa_budget` says how many train. Raises UserError where layers are to
+    be planned and no step can be.
     """
     by_default = LORA if says_nothing_of_memory(given) and can_plan and not offloads else NONE
     preset, left_out = asked or by_default, {*given}
-    if preset == LORA:
+    if preset in SMALL:
         left_out |= {"lisa_activated_layers"} if by_module else set()
-        left_out |= set() if in_bf16 else {"lisa_master"}
-        if offloads or ("optim" in given and optim != PRESETS[LORA]["optim"]):
+        left_out |= set() if in_bf16 else {"lisa_master", "lisa_frozen_bits"}
+        left_out |= {"lisa_frozen_bits"} if cuts_layers else set()
+        if offloads or ("optim" in given and optim != PRESETS[preset]["optim"]):
             left_out |= {"optim", *SMALL_STATES}
     settings = {name: value for name, value in PRESETS[preset].items() if name not in left_out}
-    if preset == LORA and "lisa_activated_layers" in settings and not can_plan:
+    if preset in SMALL and "lisa_activated_layers" in settings and not can_plan:
         raise UserError(
-            f"--lisa_preset {LORA}: it plans a step, by --max_length, and can plan none of --task {GRPO}; give "
+            f"--lisa_preset {preset}: it plans a step, by --max_length, and can plan none of --task {GRPO}; give "
             "--lisa_activated_layers too, or another preset."
         )
     return preset, settings

@@ -59,8 +59,8 @@ EIGHT, LAYERS_8 = {"lisa_state_bits": "embed=8,head=8,layers=8"}, {"lisa_state_b
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 FORMS = {"8 bits": 8, "4 bits": 4, "fp8": "fp8"}  # of frozen layers
-# Beside layers, at rates that suit text that is new to a model and text that is not.
-ADAPTERS = {"lisa_adapters": 16, "lisa_lr_scale": "embed=2,head=2,adapters=16"}
+ADAPTERS = {"lisa_adapters": 16}
+ADAPTERS_8 = EIGHT | {"lisa_adapters": 32, "lisa_frozen_bits": 8, "lisa_master": "bf16_sr"}  # in LoRA's memory
 BADAM = {"lisa_always_on": "", "lisa_frozen": "embed,head,rest", "lisa_sampler": "reshuffle"}
 
 
@@ -112,8 +112,10 @@ ALL = (
     one_pass("lisa 14, embed frozen", 14, EMBED_FROZEN),
     one_pass("lisa 14 fixed, embed frozen", 14, EMBED_FROZEN | FIXED),
     # By the share of layers, with the small states that the plans of shares.py have.
-    *(one_pass(f"lisa {n}, small", n, SMALL) for n in (5, 10, 30)),
+    *(one_pass(f"lisa {n}, small", n, SMALL) for n in (5, 8, 10, 30)),
     *(one_pass(f"lisa {n}, adapters", n, SMALL | ADAPTERS) for n in (0, 1, 2, 3, 4, 5, 10, 15)),
+    *(one_pass(f"lisa {n}, adapters, embed frozen", n, EMBED_FROZEN | LAYERS_8 | ADAPTERS) for n in (1, 5)),
+    *(one_pass(f"lisa {n}, adapters r32, frozen 8 bits", n, ADAPTERS_8, bf16=True) for n in (1, 5)),
     *(modules(f"lisa modules {n}, small", n, SMALL, "lisa_adamw") for n in (5, 6, 10, 12)),
     modules("lisa modules", AUTO_LAYERS, {}),
     modules("lisa modules 8, embed frozen", 8, EMBED_FROZEN),

@@ -1,4 +1,4 @@
-"""Do losses become answers? Held-out loss and accuracy of greedy answers after training, with its standard error.
+"""Do losses become answers? Loss and accuracy of greedy answers after training in bf16, with its standard error.
 
 python -m benchmarks.quality.accuracy --model MODEL --dataset gsm8k/train.jsonl --held_out gsm8k/test.jsonl \\
     --rates full=1e-4 "lora r16=2e-3" "lisa 5, small=4e-4" "lisa 4, adapters=1e-4"
@@ -23,6 +23,7 @@ from benchmarks.quality.training import LENGTH, Data, evaluate, train
 from benchmarks.tables.outcomes import quality_key
 
 WARMUP = 10  # steps
+ANSWERED = 25  # questions at a time
 
 
 def run(arguments: argparse.Namespace, method: str, lr: float, seed: int) -> dict:
@@ -33,35 +34,32 @@ def run(arguments: argparse.Namespace, method: str, lr: float, seed: int) -> dic
     order = [place for one in passes for place in one][: steps * arguments.rows]
     batches = (data.batch(order[at : at + arguments.rows]) for at in range(0, len(order), arguments.rows))
     rates = (lr * min(1.0, (step + 1) / WARMUP, 1 - step / steps) for step in range(steps))
-    engine, lisa = build(arguments, method, lr, seed)
+    engine, lisa = build(arguments, method, lr, seed, bf16=True)
     train(engine, lisa, batches, rates)
     if lisa is not None:
         lisa.close()
     loss, _ = evaluate(engine, held_out, arguments.rows)
-    right = [answers_rightly(engine.module, held_out, place) for place in range(len(held_out.rows))]
+    parts = (range(len(held_out.rows))[at : at + ANSWERED] for at in range(0, len(held_out.rows), ANSWERED))
+    right = [one for part in parts for one in answered_rightly(engine.module, held_out, part)]
     engine.destroy()
     accuracy = sum(right) / len(right)
     error = math.sqrt(accuracy * (1 - accuracy) / len(right))
     return {"held_out": loss, "accuracy": accuracy, "standard_error": error, "answers": len(right), "steps": steps}
 
 
-def answers_rightly(model, data: Data, place: int) -> bool:
-    """Whether the greedy answer to an example ends like the example's own."""
-    (tokens, asked), tokenizer = data.rows[place], data.tokenizer
-    question = torch.tensor([tokens[:asked]])
+def answered_rightly(model, data: Data, places: range) -> list[bool]:
+    """Whether greedy answers to examples end like the examples' own."""
+    rows, tokenizer = [data.rows[place] for place in places], data.tokenizer
+    questions = [torch.tensor(tokens[:asked]) for tokens, asked in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(questions, True, tokenizer.eos_token_id, padding_side="left")
+    mask = torch.nn.utils.rnn.pad_sequence(list(map(torch.ones_like, questions)), True, padding_side="left")
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+    longest = max(len(tokens) - asked for tokens, asked in data.rows)
     with torch.no_grad():
-        generated = model.generate(
-            question,
-            attention_mask=torch.ones_like(question),
-            max_new_tokens=LENGTH,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    answer, expected = (
-        tokenizer.decode(one, skip_special_tokens=True) for one in (generated[0, asked:], tokens[asked:])
-    )
-    return answer.split()[-1:] == expected.split()[-1:]
+        answers = model.generate(padded, attention_mask=mask, max_new_tokens=longest, do_sample=False, **ends)
+    given = tokenizer.batch_decode(answers[:, padded.shape[1] :], skip_special_tokens=True)
+    expected = tokenizer.batch_decode([tokens[asked:] for tokens, asked in rows], skip_special_tokens=True)
+    return [one.split()[-1:] == other.split()[-1:] for one, other in zip(given, expected, strict=True)]
 
 
 def read(arguments: argparse.Namespace) -> tuple[Data, Data]:
@@ -86,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", required=True, metavar="METHOD=RATE", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--examples", type=positive, default=2000, help="to train on")
     parser.add_argument("--answers", type=positive, default=500)
-    parser.add_argument("--rows", type=positive, default=4, help="of a step")
+    parser.add_argument("--rows", type=positive, default=8, help="of a step")
     parser.add_argument("--seeds", type=positive, default=3)
     arguments = parser.parse_args()
     arguments.gpu = False

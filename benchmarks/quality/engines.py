@@ -55,10 +55,12 @@ def with_memory_of(other: str, arguments: argparse.Namespace, settings: dict, ti
     return settings | of_layers
 
 
-def build(arguments: argparse.Namespace, name: str, lr: float, seed: int, interval: int | None = None):
+def build(
+    arguments: argparse.Namespace, name: str, lr: float, seed: int, interval: int | None = None, bf16: bool = False
+):
     """An engine of a method, and LISA's controller if it has one; with periods of `interval` steps, if given."""
     method, settings = METHODS[name], dict(METHODS[name].settings)
-    dtype = torch.bfloat16 if arguments.gpu or method.bf16 else torch.float32
+    dtype = torch.bfloat16 if arguments.gpu or method.bf16 or bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     num_layers = model.config.num_hidden_layers
     if dtype == torch.bfloat16 and not arguments.gpu and not cpu_multiplies_bf16():

@@ -8,7 +8,7 @@ LISA has the small states of its default preset, in bf16.
 
 from fractions import Fraction
 
-from benchmarks.common.methods import ADAPTERS, modules_of
+from benchmarks.common.methods import ADAPTERS, ADAPTERS_8, modules_of
 from benchmarks.common.results import parser_of, write_results
 from lisa_dist import LisaConfig
 from lisa_dist.memory.plan import PlanArguments, load_model_config
@@ -39,6 +39,8 @@ def peaks_of(model: str) -> dict[str, int]:
         of_layers = {"lisa_activated_layers": max(1, round(layers * Fraction(share)))} | SMALL_STATES
         found[f"lisa {share}"] = peak(of_layers)
         found[f"adapters {share}"] = peak(of_layers | ADAPTERS)
+        if gpus == 1:  # ZeRO-3 quantizes nothing
+            found[f"adapters r32, frozen 8 bits {share}"] = peak(of_layers | ADAPTERS_8)
         found[f"modules {share}"] = peak(modules_of(Fraction(share)) | SMALL_STATES)
     return found
 

@@ -169,7 +169,7 @@ def where_run(of: list, *tasks: dict) -> Iterator[Row]:
 def by_share(of: list, shares: dict, *tasks: dict) -> Iterator[Row]:
     """Of a method with a share of the layers: its peaks at 8B and 70B, and the outcomes on stories260K and SmolLM2."""
     for name, planned, of_stories, of_smollm2 in of:
-        peaks = (of_model[planned] for of_model in shares.values())
+        peaks = (of_model.get(planned) for of_model in shares.values())
         methods = (of_stories, of_stories, of_smollm2, of_smollm2)
         cells = [outcome(one, task, may_lack=True) for one, task in zip(methods, tasks, strict=True)]
         if any(cell["seeds"] for cell in cells):  # else nobody has run it yet

@@ -12,7 +12,7 @@ from lisa_dist.config_rules import PLANNED_LAYERS, parse_share
 from lisa_dist.core.adapters import add_adapters
 from lisa_dist.core.blocks import find_blocks, model_without_weights
 from lisa_dist.errors import UserError
-from lisa_dist.presets import LORA, NONE, PRESETS, says_nothing_of_memory
+from lisa_dist.presets import LORA, NONE, PRESETS, SMALL, says_nothing_of_memory
 from lisa_dist.text import no_such_model
 
 
@@ -32,12 +32,12 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
         raise UserError(no_such_model(f"--model_name_or_path {name}", error)) from error
     model = model_without_weights(config)
     blocks = find_blocks(model)
-    if (rank := flags.get("lisa_adapters")) is not None:
-        add_adapters(model, blocks, int(rank))
-    layers = [block.numel for block in blocks.layers]
     is_lisa = flags.get("method", "lisa") == "lisa"
     preset = flags.get("lisa_preset") or (LORA if is_lisa and says_nothing_of_memory(flags) else NONE)
-    settings = {**PRESETS.get(preset, {}), **flags}
+    settings = {**(PRESETS.get(preset, {}) if is_lisa else {}), **flags}
+    if (rank := settings.get("lisa_adapters")) is not None:
+        add_adapters(model, blocks, int(rank))
+    layers = [block.numel for block in blocks.layers]
     given = settings.get("lisa_activated_layers", LisaConfig().lisa_activated_layers)
     gamma = len(layers) if given in PLANNED_LAYERS else int(given)  # at most
     total = active = sum(block.numel for block in blocks)
@@ -49,5 +49,5 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
     # In bf16 unless told otherwise where there are GPUs, as the run itself.
     in_bf16 = str(flags.get("bf16", torch.cuda.is_available())).lower() == "true"
     # A master and two moments, or moments in 8 bits and no master.
-    small = is_lisa and preset == LORA and "lisa_state_bits" not in flags
+    small = is_lisa and preset in SMALL and "lisa_state_bits" not in flags
     return total * (2 if in_bf16 else 4), (2 if small else 12) * active

@@ -51,7 +51,7 @@ HELP = {
     "How": {
         "deepspeed": "plan zero1, zero2, ..., or a file; by default all are planned",
         "precision": "bf16 or fp32",
-        "lisa_preset": "as in training: lora by default, paper, none",
+        "lisa_preset": "as in training: lora by default, adapters, paper, none",
         "optim": "as in training",
         "checkpointed_layers": "none, all, a number, or auto: the fewest that fit",
         "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora",

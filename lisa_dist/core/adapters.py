@@ -47,7 +47,7 @@ def add_adapters(model: Any, blocks: Blocks, rank: int, seed: int = 0) -> None:
         raise UserError(f"{flag}: the decoder layers of {type(model).__name__} have no linear modules; leave it out.")
     smallest = min(linear, key=lambda name: sizes[name])
     if rank > sizes[smallest]:
-        rule = "an adapter's rank is at most that"
+        rule = "an adapter's rank is at most that; give a smaller one"
         raise UserError(f"{flag}: {smallest} has {sizes[smallest]} rows or columns; {rule}.")
     prefix = f"{blocks.layers_path}."
     paths = [name.removeprefix(prefix).removesuffix(".weight") for name in linear]

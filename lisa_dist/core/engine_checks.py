@@ -9,7 +9,7 @@ from torch import nn
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.adapters import adapter_config
 from lisa_dist.core.blocks import Blocks
-from lisa_dist.ds_config import check_ds_config, keep_no_master, offload_by_block, uses_optimizer_offload
+from lisa_dist.ds_config import check_ds_config, cuts_weights, keep_no_master, offload_by_block, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.optim.adamw import LisaAdamW
 from lisa_dist.optim.build import check_optim
@@ -35,7 +35,7 @@ def _check_frozen(ds_config: dict[str, Any], config: LisaConfig, precision: str)
     flags = config.frozen_flags
     if not flags:
         return
-    if (ds_config.get("zero_optimization") or {}).get("stage") == 3:
+    if cuts_weights(ds_config):
         raise UserError(
             f"{flags[0]} on ZeRO stage 3: it cuts frozen layers between the ranks, where each has its part in 16 bits; "
             "use --deepspeed zero2, or leave the flag out."

@@ -215,7 +215,7 @@ def _check_tied(config: LisaConfig) -> None:
         (policies, len({probabilities[name] for name in ("embed", "head") if name in probabilities}) > 1),
         (f"--lisa_state_bits {config.lisa_state_bits}", differ(config.state_bits)),
         (f"--lisa_offload {config.lisa_offload}", differ(config.offloaded)),
-        (f"--lisa_lr_scale {config.lisa_lr_scale}", differ(config.lr_scales)),
+        (f"--lisa_lr_scale {config.lisa_lr_scale}", differ(config.given_scales)),
     ):
         if are_two:
             way_out = "both or neither" if "offload" in flags else "both the same"

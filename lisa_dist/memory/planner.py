@@ -399,7 +399,7 @@ class Fallback:
 
 
 _SAMPLED = {"lisa_always_on": "rest"}
-_SMALL_NAME = "embeddings and head with a moment by row and column, layers with moments in 8 bits, no masters"
+_SMALL_NAME = "moments in 8 bits or by row and column, no masters"
 # States on the GPU come first: with offload a step waits for the host.
 FALLBACKS = (
     Fallback("AdamW in 32 bits, as published"),

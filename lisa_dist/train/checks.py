@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.distributed.health import check_same_everywhere
+from lisa_dist.ds_config import cuts_weights
 from lisa_dist.errors import UserError
 from lisa_dist.optim.ops import why_no_compiler
 
@@ -69,7 +70,7 @@ def check_compile(args: TrainingArguments, ds_config: dict[str, Any], lisa_confi
     if not args.torch_compile:
         return
     backend, mode = str(args.torch_compile_backend), args.torch_compile_mode
-    if (ds_config.get("zero_optimization") or {}).get("stage") == 3:
+    if cuts_weights(ds_config):
         raise UserError(
             "--torch_compile True on ZeRO stage 3: it gathers weights module by module, and a graph ends at each; use "
             "stage 1 or 2, as by --deepspeed zero2, or leave it out."

@@ -119,8 +119,11 @@ def test_adapters_are_always_on_at_a_rate_of_their_own():
     config = LisaConfig(lisa_adapters=4, lisa_always_on="rest", lisa_frozen="embed,head", lisa_activated_layers=0)
     assert (config.always_on, config.lisa_always_on) == (("rest", "adapters"), "rest")
     assert (config.lr_scales, config.lisa_lr_scale) == ({"adapters": 16}, "")
+    scales = {rank: LisaConfig(lisa_adapters=rank).lr_scales for rank in (4, 16, 64)}
+    assert scales == {rank: {"embed": 2, "head": 2, "adapters": rate} for rank, rate in ((4, 16), (16, 16), (64, 8))}
     assert replace(config, lisa_adapters=None, lisa_activated_layers=1).always_on == ("rest",)
-    assert LisaConfig(lisa_adapters=4, lisa_lr_scale="adapters=1").lr_scales == {"adapters": 1}
+    given = LisaConfig(lisa_adapters=4, lisa_lr_scale="head=1,adapters=3").lr_scales
+    assert given == {"embed": 2, "head": 1, "adapters": 3}
     assert LisaConfig().lr_scales == {}
 
 

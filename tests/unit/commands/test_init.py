@@ -115,7 +115,7 @@ def test_plan_and_init_have_one_number_and_one_batch(tiny, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     main(["--model", tiny, "--gpu_memory", "4GiB", "--recipe", str(path)])
     tried = capsys.readouterr().err.splitlines()
-    assert tried[0].startswith("trying zero1, zero2: embeddings and head with a moment by row and column")
+    assert tried[0].startswith("trying zero1, zero2: moments in 8 bits or by row and column")
     assert len(tried) == 1, "the first that fits"
     recipe = yaml.safe_load(path.read_text())
     assert (recipe["lisa_activated_layers"], recipe["global_batch_size"], recipe["learning_rate"]) == (3, 16, 1e-4)
@@ -124,6 +124,10 @@ def test_plan_and_init_have_one_number_and_one_batch(tiny, tmp_path, capsys):
     assert "--gradient_accumulation_steps 16 " in command
     assert "--lisa_activated_layers 3 --lisa_state_bits embed=factored,head=factored,layers=8" in command
     assert command.endswith("--learning_rate 0.0001")
+    plan_command.main(["--model", tiny, "--gpu_memory", "4GiB", "--lisa_preset", "adapters"])
+    command = capsys.readouterr().out.splitlines()[-1]
+    of_preset = "--lisa_state_bits embed=8,head=8,layers=8 --lisa_master bf16_sr --lisa_frozen_bits 8 "
+    assert f"--lisa_adapters 32 {of_preset}" in command
     for preset, layers in (("none", 2), ("paper", 2)):
         plan_command.main(["--model", tiny, "--gpu_memory", "4GiB", "--lisa_preset", preset])
         command = capsys.readouterr().out.splitlines()[-1]

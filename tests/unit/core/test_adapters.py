@@ -75,6 +75,11 @@ def test_a_rank_above_a_matrix_s_size(build, rank, said):
         LisaController(build(), lisa_dist.LisaConfig(lisa_adapters=rank))
 
 
+def test_a_tied_matrix_may_have_a_rate_beside_adapters():
+    lisa = LisaController(tiny_gpt2(), lisa_dist.LisaConfig(lisa_adapters=RANK, lisa_lr_scale="embed=1"))
+    assert lisa.config.lr_scales["embed"] == 1
+
+
 def test_a_mixture_has_them_beside_its_experts():
     lisa = LisaController(tiny_qwen3_moe(), lisa_dist.LisaConfig(lisa_adapters=RANK))
     assert {name.split(".")[5] for name in lisa.blocks.adapters.parameters} == {"self_attn"}

@@ -187,7 +187,7 @@ SAMPLED_OUTER = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.3,
 SAMPLED_OUTER |= {"lisa_activated_layers": 1}  # periods that train a layer, the embedding or the head, each alone
 MODULES = {"lisa_unit": "module", "lisa_budget": "8%"}
 # The rest's rate, which no scale names, is the schedule's.
-ADAPTERS = {"lisa_adapters": 4, "lisa_lr_scale": "adapters=3"}
+ADAPTERS = {"lisa_adapters": 4, "lisa_lr_scale": "embed=1,head=1,adapters=3"}
 SCALED = with_lisa(
     {"lisa_lr_scale": "embed=0.5,head=0.25,layers=2.0"}, scales={"embed": 0.5, "head": 0.25, "layers": 2.0}
 )
@@ -232,7 +232,9 @@ FROZEN_EMBED = with_lisa(NO_EMBED, RESHUFFLE, **CHECKPOINTING)
         ("zero1", with_lisa(ADAPTERS, build=tiny_gpt2)),
         (
             "zero2",
-            with_lisa(ADAPTERS, ranks=4, **LISA_ADAMW),
+            with_lisa(
+                ADAPTERS, {"lisa_lr_scale": "adapters=3"}, ranks=4, scales={"embed": 2.0, "head": 2.0}, **LISA_ADAMW
+            ),
         ),
         ("zero3", with_lisa(ADAPTERS, **CHECKPOINTING, **ACCUMULATION)),
         full("zero3", with_lisa(ADAPTERS, {"lisa_state": "keep"}, ranks=4)),

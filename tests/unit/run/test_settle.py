@@ -84,6 +84,27 @@ def test_what_a_run_is_trained_with(folder, words, preset, settings):
     assert settings_of(config) == settings
 
 
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("--bf16 true", (32, "8", "embed=8,head=8,layers=8", "bf16_sr")),
+        ("--bf16 true --lisa_adapters 4 --lisa_frozen_bits 4", (4, "4", "embed=8,head=8,layers=8", "bf16_sr")),
+        ("", (32, "16", "embed=8,head=8,layers=8", "fp32")),
+        ("--bf16 true --deepspeed zero3", (32, "16", "embed=8,head=8,layers=8", "bf16_sr")),
+        ("--bf16 true --lisa_offload embed,head", (32, "8", "", "fp32")),
+    ],
+)
+def test_what_the_preset_of_adapters_sets(folder, words, settings):
+    """What is quantized has 16 bits, and is not cut by ZeRO-3."""
+    config = settled(folder, ["--lisa_preset", "adapters", *words.split()])
+    lisa = config.lisa
+    assert (lisa.lisa_adapters, lisa.lisa_frozen_bits, lisa.lisa_state_bits, lisa.lisa_master) == settings
+    optim = "adamw_torch_fused" if lisa.offloaded else "lisa_adamw"
+    assert (lisa.lisa_activated_layers, config.training.optim.value) == ("lora", optim)
+    with pytest.raises(UserError, match=r"^--lisa_adapters 32 with --lisa_unit module"):
+        settled(folder, ["--lisa_preset", "adapters", "--lisa_unit", "module", "--lisa_budget", "5%"])
+
+
 def test_a_recipe_s_values_are_given_too(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("lisa_activated_layers: 3\nlisa_state: keep\n")
@@ -111,7 +132,7 @@ def test_answers_of_grpo_cannot_be_planned(folder, tmp_path):
 
 
 def test_an_unknown_one_is_refused(folder):
-    with pytest.raises(UserError, match=r"^--lisa_preset best: unknown; choose one of lora, paper, none\.$"):
+    with pytest.raises(UserError, match=r"^--lisa_preset best: unknown; choose one of lora, adapters, paper, none\.$"):
         settled(folder, ["--lisa_preset", "best"])
 
 
