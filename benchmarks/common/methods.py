@@ -93,7 +93,6 @@ ALL = (
     lisa("fixed 2", 2, FIXED),
     lisa("embed and head", 0, rate=4),
     lisa("one block", 1, BADAM),
-    lisa("lisa 2 K 5", 2, {"lisa_interval_steps": 5}),
     *(lisa(f"lisa {layers} keep", layers, KEEP) for layers in (2, 4)),
     # Smaller states, and layers frozen in fewer bits.
     one_pass("lisa 2 one pass", 2),
@@ -105,12 +104,10 @@ ALL = (
     # As many layers as fit.
     one_pass("lisa auto", AUTO_LAYERS, SMALL),
     one_pass("lisa in lora's memory", AUTO_LAYERS, SMALL, **IN_LORA_S),
-    one_pass("lisa in lora's, 32 bits", AUTO_LAYERS, FACTORED, **IN_LORA_S),
     one_pass("lisa in lora's, embed frozen", AUTO_LAYERS, EMBED_FROZEN | LAYERS_8, **IN_LORA_S),
     one_pass("lisa at lora's peak, embed frozen", AUTO_LAYERS, EMBED_FROZEN | LAYERS_8, memory_of=("lora r16", 1.0)),
     *(lisa(f"lisa {layers}, embed frozen", layers, EMBED_FROZEN) for layers in (2, 8)),
     one_pass("lisa 14, embed frozen", 14, EMBED_FROZEN),
-    one_pass("lisa 14 fixed, embed frozen", 14, EMBED_FROZEN | FIXED),
     # By the share of layers, with the small states that the plans of shares.py have.
     *(one_pass(f"lisa {n}, small", n, SMALL) for n in (5, 8, 10, 30)),
     *(one_pass(f"lisa {n}, adapters", n, SMALL | ADAPTERS) for n in (0, 1, 2, 3, 4, 5, 10, 15)),
