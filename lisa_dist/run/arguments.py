@@ -166,7 +166,7 @@ HELP = {
         "packing": "several examples in one sequence, which never see each other",
     },
     "LISA": {
-        "lisa_preset": "lora (by default, if nothing is said of memory), adapters, paper, none",
+        "lisa_preset": "lora (default if nothing is said of memory), adapters, paper, none",
         "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora",
         "lisa_adapters": "rank of LoRA adapters that train beside them in every period",
         "lisa_interval_steps": "optimizer steps in a period (K)",
