@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from lisa_dist.config_rules import LORA_LAYERS
+from lisa_dist.ds_config import cuts_weights, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.tasks import GRPO
 
@@ -15,7 +16,7 @@ LORA, ADAPTERS, PAPER, NONE = "lora", "adapters", "paper", "none"
 SMALL = (LORA, ADAPTERS)  # those that fit layers into LoRA's memory, with small states
 PRESETS: dict[str, dict[str, Any]] = {
     LORA: _PLANNED,
-    # Nearest to full training on text that is new to a model and on text that is not (benchmarks/REPORT.md).
+    # Where few layers fit: near full training on text that is new to a model and on text that is not.
     ADAPTERS: _PLANNED | {"lisa_adapters": 32, "lisa_frozen_bits": "8", "lisa_state_bits": "embed=8,head=8,layers=8"},
     # Algorithm 1 and the settings of the runs of Pan et al. (arXiv 2403.17919): every state starts afresh in a period.
     PAPER: {
@@ -60,10 +61,10 @@ def choose_preset(
     given: Collection[str],
     *,
     optim: str,
-    offloads: bool,
+    ds_config: dict,
+    offloaded: Collection[str],
     by_module: bool,
     in_bf16: bool,
-    cuts_layers: bool,
     can_plan: bool,
 ) -> tuple[str, dict[str, Any]]:
     """The preset of a run, and what it sets: all but the `given` names, and but what the run cannot have.
@@ -73,12 +74,13 @@ def choose_preset(
     nor are those that ZeRO-3 cuts; of modules `--lisa_budget` says how many train. Raises UserError where layers are to
     be planned and no step can be.
     """
+    offloads = bool(offloaded) or uses_optimizer_offload(ds_config)
     by_default = LORA if says_nothing_of_memory(given) and can_plan and not offloads else NONE
     preset, left_out = asked or by_default, {*given}
     if preset in SMALL:
         left_out |= {"lisa_activated_layers"} if by_module else set()
-        left_out |= set() if in_bf16 else {"lisa_master", "lisa_frozen_bits"}
-        left_out |= {"lisa_frozen_bits"} if cuts_layers else set()
+        left_out |= set() if in_bf16 else {"lisa_master"}
+        left_out |= set() if in_bf16 and not cuts_weights(ds_config) else {"lisa_frozen_bits"}
         if offloads or ("optim" in given and optim != PRESETS[preset]["optim"]):
             left_out |= {"optim", *SMALL_STATES}
     settings = {name: value for name, value in PRESETS[preset].items() if name not in left_out}

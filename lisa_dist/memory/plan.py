@@ -16,7 +16,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.activation_checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.core.blocks import model_without_weights, why_not_trained
 from lisa_dist.core.sequence_parallel import check_groups
-from lisa_dist.ds_config import cuts_weights, given_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.memory.workload import LOGITS, MemoryParts, Workload
@@ -211,15 +211,14 @@ def preset_settings(arguments: PlanArguments, lisa_config: LisaConfig, given: Co
     """What `--lisa_preset`, or the one by default, sets in a run of these flags."""
     if arguments.method != "lisa":
         return {}
-    config = given_ds_config(arguments.deepspeed)
     return choose_preset(
         arguments.lisa_preset,
         given,
         optim=arguments.optim,
-        offloads=uses_optimizer_offload(config) or bool(lisa_config.offloaded),
+        ds_config=given_ds_config(arguments.deepspeed),
+        offloaded=lisa_config.offloaded,
         by_module=lisa_config.by_module,
         in_bf16=arguments.precision == "bf16",
-        cuts_layers=cuts_weights(config),
         can_plan=arguments.task != GRPO,
     )[1]
 

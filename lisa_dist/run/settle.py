@@ -28,7 +28,7 @@ from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.sequence_parallel import check_sequence_parallel
 from lisa_dist.distributed.collectives import gather, sharing_errors
 from lisa_dist.distributed.health import ranks_of_hosts
-from lisa_dist.ds_config import cuts_weights, fill_secondary_partitions, given_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import fill_secondary_partitions, given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError
 from lisa_dist.loss.chunked import choose_loss_kernels
@@ -74,15 +74,14 @@ def apply_preset(config: RunConfig, given: Collection[str]) -> RunConfig:
     if config.run.method != "lisa":
         return config
     given_optim = str(getattr(config.training.optim, "value", config.training.optim))
-    ds_config = given_ds_config(config.training.deepspeed)
     preset, settings = choose_preset(
         config.run.lisa_preset,
         given,
         optim=given_optim,
-        offloads=uses_optimizer_offload(ds_config) or bool(config.lisa.offloaded),
+        ds_config=given_ds_config(config.training.deepspeed),
+        offloaded=config.lisa.offloaded,
         by_module=config.lisa.by_module,
         in_bf16=precision_of_arguments(config.training) == "bf16",
-        cuts_layers=cuts_weights(ds_config),
         can_plan=config.run.task != GRPO and bool(config.training.max_length),
     )
     training: Any = copy.copy(config.training)
