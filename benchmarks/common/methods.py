@@ -6,8 +6,7 @@
 - callback: every parameter registered, `requires_grad` flipped at each period, as a Trainer callback does it.
 - lisa: this package.
 
-Results have the rows of methods that are gone, too: of settings that are no more, of other packages, and of what was
-tried once.
+Results have the rows of methods that are gone, too.
 """
 
 import functools
@@ -94,11 +93,9 @@ ALL = (
     lisa("embed and head", 0, rate=4),
     lisa("one block", 1, BADAM),
     *(lisa(f"lisa {layers} keep", layers, KEEP) for layers in (2, 4)),
-    # Smaller states, and layers frozen in fewer bits.
     one_pass("lisa 2 one pass", 2),
     one_pass("lisa 2, 8 bits", 2, EIGHT),
     one_pass("lisa 2, factored", 2, FACTORED),
-    one_pass("lisa 14, factored", 14, FACTORED),
     one_pass("lisa 2 bf16", 2, bf16=True),
     *(one_pass(f"lisa 2, frozen {name}", 2, {"lisa_frozen_bits": form}, bf16=True) for name, form in FORMS.items()),
     # As many layers as fit.
@@ -115,8 +112,6 @@ ALL = (
     *(one_pass(f"lisa {n}, adapters r32, frozen 8 bits", n, ADAPTERS_8, bf16=True) for n in (1, 5)),
     *(modules(f"lisa modules {n}, small", n, SMALL, "lisa_adamw") for n in (5, 6, 10, 12)),
     modules("lisa modules", AUTO_LAYERS, {}),
-    modules("lisa modules 8, embed frozen", 8, EMBED_FROZEN),
-    *(modules(f"lisa modules {n} fixed, embed frozen", n, EMBED_FROZEN | FIXED, "lisa_adamw") for n in (8, 14)),
 )
 METHODS = {method.name: method for method in ALL}
 

@@ -2,13 +2,14 @@
 
 python -m benchmarks.quality.accuracy --model MODEL --dataset gsm8k/train.jsonl --held_out gsm8k/test.jsonl \\
     --rates full=1e-4 "lora r16=2e-3" "lisa 5, small=4e-4" "lisa 4, adapters=1e-4"
-python -m benchmarks.quality.accuracy --model MODEL --dataset pubmedqa/ori_pqal.json --rates ...
+python -m benchmarks.quality.accuracy --model MODEL --dataset alpaca/p3_sample.json --longest 6 --rates ...
 
-An answer is right where its last word is that of the example: a number, or yes, no or maybe. PubMedQA is one file, of
-which the second half is held out; its examples come several times. What is in the results already is not run again.
+An answer is right where its last word is that of the example: a number, or a choice. Of one file --answers examples are
+held out. Where there are fewer than --examples they come again. What is in the results already is not run again.
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -30,9 +31,7 @@ def run(arguments: argparse.Namespace, method: str, lr: float, seed: int) -> dic
     """On a rank: train on so many examples, then answer."""
     data, held_out = read(arguments)
     steps = arguments.examples // arguments.rows
-    passes = (random.Random(f"{seed}-{n}").sample(range(len(data.rows)), len(data.rows)) for n in range(steps))
-    order = [place for one in passes for place in one][: steps * arguments.rows]
-    batches = (data.batch(order[at : at + arguments.rows]) for at in range(0, len(order), arguments.rows))
+    batches = map(data.batch, places(data, arguments.rows, steps, random.Random(seed)))
     rates = (lr * min(1.0, (step + 1) / WARMUP, 1 - step / steps) for step in range(steps))
     engine, lisa = build(arguments, method, lr, seed, bf16=True)
     train(engine, lisa, batches, rates)
@@ -42,9 +41,17 @@ def run(arguments: argparse.Namespace, method: str, lr: float, seed: int) -> dic
     parts = (range(len(held_out.rows))[at : at + ANSWERED] for at in range(0, len(held_out.rows), ANSWERED))
     right = [one for part in parts for one in answered_rightly(engine.module, held_out, part)]
     engine.destroy()
-    accuracy = sum(right) / len(right)
-    error = math.sqrt(accuracy * (1 - accuracy) / len(right))
-    return {"held_out": loss, "accuracy": accuracy, "standard_error": error, "answers": len(right), "steps": steps}
+    accuracy, count = sum(right) / len(right), len(right)
+    error = math.sqrt(accuracy * (1 - accuracy) / count)
+    return {"held_out": loss, "accuracy": accuracy, "standard_error": error, "answers": count, "steps": steps}
+
+
+def places(data: Data, rows: int, steps: int, order: random.Random) -> list[list[int]]:
+    """The examples of each step: all of them in random order, again and again; those of a step are about as long."""
+    passes = (order.sample(range(len(data.rows)), len(data.rows)) for _ in itertools.count())
+    found = list(enumerate(itertools.islice(itertools.chain.from_iterable(passes), steps * rows)))
+    found.sort(key=lambda one: (one[0] // (8 * rows), len(data.rows[one[1]][0])))
+    return order.sample([[place for _, place in found[at : at + rows]] for at in range(0, len(found), rows)], steps)
 
 
 def answered_rightly(model, data: Data, places: range) -> list[bool]:
@@ -63,27 +70,29 @@ def answered_rightly(model, data: Data, places: range) -> list[bool]:
 
 
 def read(arguments: argparse.Namespace) -> tuple[Data, Data]:
-    """Examples to train on, and those to answer, none of which is cut."""
+    """Examples to train on, and those to answer; none is cut. Those of one file are told apart in a random order."""
+    data, held_out = (
+        Data.read(arguments.model, path, math.inf)
+        for path in (arguments.dataset, arguments.held_out or arguments.dataset)
+    )
+    rows, others = (
+        [row for row in one.rows if len(row[0]) < LENGTH and len(row[0]) - row[1] <= arguments.longest]
+        for one in (data, held_out)
+    )
     if arguments.held_out is None:
-        both = Data.read(arguments.model, arguments.dataset, math.inf)
-        half = len(both.rows) // 2
-        data, held_out = both.rows[:half], both.rows[half:]
-    else:
-        data, held_out = (
-            Data.read(arguments.model, path, math.inf).rows for path in (arguments.dataset, arguments.held_out)
-        )
-    tokenizer = Data.read(arguments.model, arguments.dataset, math.inf).tokenizer
-    whole = [row for row in held_out if len(row[0]) < LENGTH]
-    return Data(tokenizer, data[: arguments.examples]), Data(tokenizer, whole[: arguments.answers])
+        random.Random(0).shuffle(others)
+        others, rows = others[: arguments.answers], others[arguments.answers :]
+    return Data(data.tokenizer, rows[: arguments.examples]), Data(data.tokenizer, others[: arguments.answers])
 
 
 def main() -> None:
     """Run every method with every seed and write what came of it."""
     parser = parser_of(__doc__, "accuracy", with_data=True)
-    parser.add_argument("--held_out", help="examples to answer; by default the second half of --dataset")
+    parser.add_argument("--held_out", help="examples to answer; by default some of --dataset")
     parser.add_argument("--rates", nargs="+", required=True, metavar="METHOD=RATE", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--examples", type=positive, default=2000, help="to train on")
     parser.add_argument("--answers", type=positive, default=500)
+    parser.add_argument("--longest", type=positive, default=LENGTH, help="tokens of an answer that is taken")
     parser.add_argument("--rows", type=positive, default=8, help="of a step")
     parser.add_argument("--seeds", type=positive, default=3)
     arguments = parser.parse_args()

@@ -15,10 +15,8 @@ SHOWN = {
     "apollo r16": "APOLLO r16",
     "lisa modules": "LISA, modules in the place of layers",
     "lisa in lora's memory": "LISA, as many layers as fit LoRA's peak and a tenth",
-    "lisa in lora's, 32 bits": "LISA, as many as fit it with layers' moments in 32 bits",
     "lisa in lora's, embed frozen": "LISA, as many as fit it with embed frozen",
     "lisa at lora's peak, embed frozen": "LISA, as many as fit LoRA's own peak with embed frozen",
-    "lisa in lora's, no masters": "LISA, as many layers as fit LoRA's peak and a tenth, in bf16",
 }
 
 
@@ -26,8 +24,6 @@ def method_name(method: str) -> str:
     """A method of quality.py as the pages call it."""
     if lisa := re.fullmatch(r"lisa (\d+),? ?(.*)", method):
         return f"LISA, gamma {lisa[1]}, {lisa[2] or 'uniform'}"
-    if modules := re.fullmatch(r"lisa modules (\d+)( fixed)?, embed frozen", method):
-        return f"LISA, as many modules as {modules[1]} layers,{' fixed,' if modules[2] else ''} embed frozen"
     return SHOWN.get(method, method).replace("lora", "LoRA").replace("fixed ", "fixed layers, gamma ")
 
 
@@ -43,9 +39,9 @@ def layers_that_train(method: str, figures: dict) -> str:
     named = re.search(r"(?:lisa|fixed|modules) (\d+)", method)
     planned = [run["layers"] for run in runs_at_best(method, figures["runs"]) if run.get("layers")]
     count = int(named[1]) if named else 0 if method == "embed and head" else planned[0] if planned else 2
+    if "modules" in method:  # named by how many of SmolLM2's layers have as many parameters
+        return f"modules of {count * num_layers // 30 if named else count} of {num_layers}"
     shown = f"{count} of {num_layers}"
-    if "modules" in method:
-        return f"modules of {shown}"
     if method.endswith(", adapters"):
         return f"{shown}, adapters"
     is_full = count == num_layers and "embed frozen" not in method
