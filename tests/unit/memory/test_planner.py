@@ -404,6 +404,9 @@ def test_a_task_s_reference_model_and_pairs_are_planned():
     command = command_for(planned(task="grpo"), grpo)  # on an example of the hub, by a function of TRL's
     assert "--dataset_name trl-lib/tldr" in command
     assert "--reward_funcs think_format_reward" in command
+    beside = replace(grpo, gpu_memory="10GiB", reserve="1GiB", vllm_gpu_memory_utilization=0.3)
+    assert beside.budget == 6 * 2**30
+    assert "--use_vllm True --vllm_gpu_memory_utilization 0.3" in command_for(planned(task="grpo"), beside)
     held = planned(task="grpo", beta=0.04)
     assert held.gpu.peak - planned(task="grpo").gpu.peak == held.gpu.reference == sft.gpu.weights
     assert not planned(task="grpo", beta=0.0).gpu.reference
