@@ -15,6 +15,7 @@ from lisa_dist.shapes import Each, count, misfit, number
 
 RUN_NAME = "lisa_run.json"  # settings, model, versions
 LOG_NAME = "lisa_log.jsonl"  # a line for each period
+STEPS_NAME = "lisa_steps.jsonl"  # a line for each log of the Trainer's, while the run goes on
 MOVEMENT_LOG = "lisa_movement.jsonl"  # a line for each period
 ANSWERS_NAME = "lisa_answers.jsonl"  # a line for each answer to --sample_prompt
 MEMORY_NAME = "lisa_memory.json"  # one step, planned and measured
@@ -116,7 +117,7 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
         resume |= {"before": {name: then[name] for name in other}} if other else {}
         run = run | kept | {"resumed": [*earlier, resume]}
     elif not resumes:
-        for name in (LOG_NAME, MOVEMENT_LOG, ANSWERS_NAME, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
+        for name in (LOG_NAME, STEPS_NAME, MOVEMENT_LOG, ANSWERS_NAME, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
             (folder / name).unlink(missing_ok=True)
         for path in _checkpoints(folder):  # or --resume_from_checkpoint true might go on with one of them
             path.unlink() if path.is_symlink() else shutil.rmtree(path)

@@ -6,7 +6,7 @@ import gc
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -28,7 +28,7 @@ WITH_FLAGS |= {"train": "--config", "eval": "--model", "chat": "--model"}
 # Verbs with words alone: how many, and which.
 WITH_WORDS = {
     "export": ((2, 3), "CHECKPOINT OUT [--keep_adapter]"),
-    "report": (range(1, 100), "OUTPUT_DIR [OUTPUT_DIR ...]"),
+    "report": (range(1, 100), "OUTPUT_DIR [OUTPUT_DIR ...] [--serve [PORT]]"),
     "convert": (range(1, 9), "FILE [RECIPE] [--tool axolotl|llamafactory|ms-swift|lmflow]"),
     "recipes": (range(4), "[show NAME | copy NAME [FILE]]"),
     "info": ((0,), ""),
@@ -86,6 +86,14 @@ def import_verb(verb: str) -> Any:
         return importlib.import_module(f"lisa_dist.commands.{verb}")
 
 
+def folders_of_report(words: Sequence[str]) -> Sequence[str]:
+    """The words before --serve. Raises UserError where there are none, and for more than a port behind it."""
+    folders = words[: words.index("--serve")] if "--serve" in words else words
+    if not folders or (folders != words and len(words) > len(folders) + 2):
+        raise UserError(f"{' '.join(words)}: give OUTPUT_DIR [OUTPUT_DIR ...] [--serve [PORT]].")
+    return folders
+
+
 def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
     """Raise UserError for the first missing file of a verb's flags or words; what may be on the hub is left alone."""
     texts = {flag: value for flag, value in given.items() if isinstance(value, str)}
@@ -102,7 +110,7 @@ def look_for_files(verb: str, given: Mapping[str, Any]) -> None:
         _look_for("", "folder", texts.get("model"), may_be_of_hub=True)
         _look_for("--data_dir ", "folder", texts.get("data_dir"))
     elif verb in ("export", "report"):
-        for folder in given["words"][: 1 if verb == "export" else None]:
+        for folder in given["words"][:1] if verb == "export" else folders_of_report(given["words"]):
             _look_for("", "folder", folder)
     elif verb == "norms":
         for run in given["runs"]:

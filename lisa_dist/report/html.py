@@ -37,6 +37,11 @@ def write_report(folder: str | Path) -> Path:
         print(f"warning: {problem}", flush=True)
     plots = run.folder / PLOTS_FOLDER
     plots.mkdir(exist_ok=True)
+    return _write_page(run.folder / REPORT_NAME, report_of(run, plots))
+
+
+def report_of(run: RunFiles, plots: Path | None = None) -> dict[str, Any]:
+    """The parts of a run's page; its plots go to a folder too, where one is given."""
     sections = []
     for name, title, caption, plot, has_tips in PLOTS:
         sections += _plot_section(name, title, caption, lambda figure: plot(run, figure), has_tips, plots)  # noqa: B023
@@ -52,7 +57,7 @@ def write_report(folder: str | Path) -> Path:
     settings: dict[str, Any] = {
         name: [(key, format_value(value)) for key, value in entries.items()] for name, entries in tables.items()
     }
-    page = {
+    return {
         "title": title_of(run),
         "subtitle": ", ".join(
             filter(None, (run.folder.resolve().name, *map(run.run.get, ("method", "model", "devices", "began"))))
@@ -62,7 +67,6 @@ def write_report(folder: str | Path) -> Path:
         "sections": sections,
         "settings": settings | {"command": _commands(run)},
     }
-    return _write_page(run.folder / REPORT_NAME, page)
 
 
 def write_comparison(folders: Sequence[str | Path], page: Path) -> Path:
@@ -70,6 +74,11 @@ def write_comparison(folders: Sequence[str | Path], page: Path) -> Path:
 
     Raises ValueError for a folder without a run, or given twice; OSError where the page cannot be written.
     """
+    return _write_page(page, comparison_of(folders))
+
+
+def comparison_of(folders: Sequence[str | Path]) -> dict[str, Any]:
+    """The parts of a page of several runs."""
     paths = [Path(folder).resolve() for folder in folders]
     names = [path.name for path in paths]
     names = [path.name if names.count(path.name) == 1 else str(path) for path in paths]
@@ -95,15 +104,19 @@ def write_comparison(folders: Sequence[str | Path], page: Path) -> Path:
         sections += [about] if rows or name != "answers" else []
     titles = "; ".join(dict.fromkeys(map(title_of, runs.values())))
     problems = [problem for run in runs.values() for problem in run.problems]
-    parts = {"title": f"{len(runs)} runs", "subtitle": titles, "problems": problems, "sections": sections}
-    return _write_page(page, parts)
+    return {"title": f"{len(runs)} runs", "subtitle": titles, "problems": problems, "sections": sections}
+
+
+def render(parts: dict[str, Any]) -> bytes:
+    """A page of these parts. With `refresh` it is loaded again after so many seconds."""
+    template = (resources.files("lisa_dist.report") / "report.html").read_text(encoding="utf-8")
+    page = Template(template, autoescape=True).render(parts)
+    return page.encode("utf-8", errors="replace")  # halves of characters, which JSON can hold
 
 
 def _write_page(path: Path, parts: dict[str, Any]) -> Path:
-    template = (resources.files("lisa_dist.report") / "report.html").read_text(encoding="utf-8")
     with replacing(path) as new:
-        page = Template(template, autoescape=True).render(parts)
-        new.write_text(page, encoding="utf-8", errors="replace")  # halves of characters, which JSON can hold
+        new.write_bytes(render(parts))
     return path
 
 

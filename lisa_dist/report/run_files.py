@@ -15,6 +15,7 @@ from lisa_dist.run_folder import (
     MEMORY_PARTS,
     MOVEMENT_LOG,
     RUN_NAME,
+    STEPS_NAME,
     TRAINER_STATE_NAME,
     read_lines,
     read_object,
@@ -108,20 +109,24 @@ class RunFiles:
 
 
 def read_run(folder: str | Path) -> RunFiles:
-    """Read an output folder; a run that has not ended is read up to its newest checkpoint.
+    """Read an output folder; a run that has not ended is read up to its last log.
 
     Raises ValueError for a folder without a run, and for a file that cannot be read.
     """
     folder = Path(folder)
     states = [path / TRAINER_STATE_NAME for path in (folder, *folder.glob("checkpoint-*"))]
     newest = max(filter(Path.is_file, states), key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
+    if newest is None and not (folder / STEPS_NAME).is_file():
         raise UserError(
             f"{folder}: there is no {TRAINER_STATE_NAME} in it or in a checkpoint of it: give the --output_dir of a "
-            "run that has saved once."
+            "run that has begun."
         )
     run = RunFiles(folder)
-    run.log = _read_log(newest, run.problems)
+    run.log = _read_log(newest, run.problems) if newest is not None else []
+    logged = read_lines(folder / STEPS_NAME, None, run.problems.append)
+    if logged and logged[-1]["step"] > run.last_step:
+        name = str(folder / STEPS_NAME)
+        run.log = [_fitting(entry, _ENTRY, f"{name}: step {entry['step']}", run.problems) for entry in logged]
     run.periods = read_lines(folder / LOG_NAME, _PERIOD, run.problems.append)
     run.movement = read_lines(folder / MOVEMENT_LOG, _MOVEMENT, run.problems.append)
     run.answers = read_lines(folder / ANSWERS_NAME, _ANSWER, run.problems.append)

@@ -1,5 +1,6 @@
 """What is done at the Trainer's events: steps of the controller, heartbeats for the watchdog, a check of a metric."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -7,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import Watchdog
 from lisa_dist.errors import UserError
+from lisa_dist.run_folder import STEPS_NAME, append_line
 
 
 class BestMetric(TrainerCallback):
@@ -19,6 +21,25 @@ class BestMetric(TrainerCallback):
             return
         known = ", ".join(sorted(metric.removeprefix("eval_") for metric in metrics if metric.startswith("eval_")))
         raise UserError(f"--metric_for_best_model {name}: no metric of an evaluation here; choose one of {known}.")
+
+
+class StepsLog(TrainerCallback):
+    """Writes what the Trainer logs to a file of the output folder as it comes: the report reads it in a run."""
+
+    def __init__(self) -> None:
+        self._resumed_at: int | None = None  # None before training; -1 once a line is written
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Lines of an earlier run stay up to the step at which this one begins."""
+        self._resumed_at = state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Add the last entry, on the first rank, once training has begun."""
+        if self._resumed_at is None or not state.is_world_process_zero:
+            return
+        began_at, self._resumed_at = self._resumed_at, -1
+        keep = (lambda earlier: earlier["step"] <= began_at) if began_at >= 0 else None
+        append_line(Path(str(args.output_dir)) / STEPS_NAME, state.log_history[-1], keep)
 
 
 class LisaSteps(TrainerCallback):

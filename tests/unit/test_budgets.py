@@ -1,4 +1,4 @@
-"""The project stays inside its budgets, which only go down; what is granted beside them is for fp8, and for scale."""
+"""The project stays inside its budgets, which only go down; what is granted beside them is for more features."""
 
 import json
 import subprocess

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+import threading
+from http.client import HTTPConnection
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,12 +19,14 @@ from models import save_tiny_llama
 from ranks import PATIENCE
 from runs import check_run, flags_for, on_two_ranks
 
+from lisa_dist import cli
 from lisa_dist.commands.report import main
 from lisa_dist.errors import UserError
 from lisa_dist.report.html import as_svg, title_of, write_report
 from lisa_dist.report.plots import PLOTS, plot_visits, with_style
 from lisa_dist.report.run_files import RunFiles, read_run
-from lisa_dist.run_folder import hide_secrets, without_secrets, write_run
+from lisa_dist.report.serve import server_of
+from lisa_dist.run_folder import STEPS_NAME, hide_secrets, without_secrets, write_run
 
 ALL = ["loss", "layers", "visits", "movement", "learning_rate", "gradient_norm", "memory", "speed"]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -331,3 +335,59 @@ def test_several_runs_are_one_page(folder, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(*map(str, words))
         assert said in capsys.readouterr().out
+
+
+def get(port: int, path: str = "/", method: str = "GET", **headers: str) -> tuple[int, str]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, headers=headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+@pytest.fixture
+def served(out):
+    """A server of the report of a copy of the run."""
+    with server_of([str(out)], "0") as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_a_served_report_follows_the_run(out, served):
+    status, page = get(served)
+    assert status == 200
+    assert 'http-equiv="refresh"' not in page, "the run has ended"
+    for path in (out / "trainer_state.json", *out.glob("checkpoint-*/trainer_state.json")):
+        path.unlink()
+    lines = (out / STEPS_NAME).read_text().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)] == list(range(1, 61))
+    (out / STEPS_NAME).write_text("".join(lines[:30]))  # while it goes on, before it has saved
+    _, page = get(served)
+    assert '<meta http-equiv="refresh" content="10">' in page
+    last = json.loads(lines[29])["step"]
+    assert f"<dt>steps</dt><dd>{last}</dd>" in page
+    (out / STEPS_NAME).write_text("".join(lines[:31]) + "{")
+    assert f"<dt>steps</dt><dd>{json.loads(lines[30])['step']}</dd>" in get(served)[1]
+
+
+def test_nothing_else_is_served(served):
+    assert get(served, "/lisa_run.json")[0] == get(served, "/../lisa_run.json")[0] == 404
+    assert get(served, method="POST")[0] == get(served, method="PUT")[0] == 501
+    assert get(served, Host="example.com:80")[0] == 403
+    assert get(served, Host=f"localhost:{served}")[0] == 200
+
+
+def test_what_cannot_be_served_is_refused(out, served, tmp_path, monkeypatch, capsys):
+    alone = "the page is for this machine alone; give a port, up to 65535, and forward it to others by ssh -L."
+    for words, said in {
+        (out, "--serve", "0.0.0.0:80"): f"--serve 0.0.0.0:80: {alone}",
+        (out, "--serve", "65536"): f"--serve 65536: {alone}",
+        (out, "--serve", served): f"--serve {served}: the port cannot be had (Address already in use); give another.",
+        (tmp_path / "none", "--serve"): f"{tmp_path / 'none'}: no such folder.",
+        ("--serve",): "--serve: give OUTPUT_DIR [OUTPUT_DIR ...] [--serve [PORT]].",
+        (out, "--serve", 1, 2): f"{out} --serve 1 2: give OUTPUT_DIR [OUTPUT_DIR ...] [--serve [PORT]].",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["lisa-dist", "report", *map(str, words)])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        assert capsys.readouterr().out.endswith(f"lisa-dist report: {said}\n")
