@@ -322,8 +322,9 @@ class LisaController:
         return self.partitions.states()
 
     def note_changes(self) -> None:
-        """Note for the next checkpoint which weights the steps of this period have changed."""
-        for log in self.change_logs:
+        """Note for the next checkpoint, and whoever else is to know, which weights this period's steps have changed."""
+        has_begun = self.engine.global_steps > self.period * self.config.lisa_interval_steps
+        for log in self.change_logs if has_begun else ():
             log.note(self._trained, self.engine.global_steps)
 
     def saved_states(self) -> tuple[dict[PartitionKey, PartitionState], dict[PartitionKey, list[Piece]]]:

@@ -5,6 +5,7 @@ and what follows when the server has come back. A whole decoder layer goes where
 matrices of a layer (q, k and v), and a server that is sent one of them has nothing in the place of the others.
 """
 
+import contextlib
 import functools
 import re
 import secrets
@@ -13,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, PretrainedConfig
 
 from lisa_dist.checkpoint.weights import rename
@@ -28,35 +30,40 @@ from lisa_dist.zero.stage3 import drop_prefetched
 
 
 class Rollouts:
-    """What a `VLLMGeneration` of TRL's is sent of a model that LISA trains.
+    """What the `VLLMGeneration` of a trainer of TRL's is sent of a model that LISA trains.
 
     It takes the place of three of its methods. `sent_bytes` are those of the last synchronisation. Raises UserError on
     all ranks for a server of another model, and where one does not come back within `--vllm_server_timeout`.
     """
 
-    def __init__(self, generation: Any, find_lisa: Callable[[], LisaController | None]):
+    def __init__(self, trainer: Any):
+        generation = trainer.vllm_generation
         self.sent_bytes = 0
-        self._generation, self._find_lisa = generation, find_lisa
+        self._trainer, self._generation = trainer, generation
         self._of_trl = generation.sync_weights, generation.generate, generation._iter_named_params
         self._client = getattr(generation, "vllm_client", None)  # of a server, on the first rank
+        self._is_server = generation.mode == "server"
         self._changes: BlockChanges | None = None
         self._has_all = False
-        self._walk: Iterator[tuple[str, torch.Tensor]] = iter(())
-        self._units: list[dict[str, torch.Tensor]] | None = None  # to be sent
+        self._is_asked_here = False
+        self._walk: Iterator[tuple[str, torch.Tensor]] | None = None  # over what is sent
         self._token = ""  # of the weights that the server has
         self._problem: str | None = None  # of the last request
         for name in ("sync_weights", "generate", "_iter_named_params"):
             patch(generation, name, getattr(self, name.removeprefix("_")), of="rollouts")
-        problem = None
         if self._client is not None:
             patch(self._client, "generate", functools.partial(self._ask, self._client.generate), of="rollouts")
-            problem = _why_not_served(self._client.get_server_info()["model_config"]["model"], generation.model.config)
-        if generation.mode == "server":
-            raise_shared(problem)
+        if self._is_server:
+            raise_shared(self._why_not_served())
+
+    def forget(self) -> None:
+        """The weights were replaced by others: all of them are to be sent before the next answer."""
+        self._has_all = False
+        patch(self._trainer, "_last_loaded_step", -1, of="rollouts")
 
     def sync_weights(self) -> None:
         """Send what the engine lacks; all ranks call it."""
-        lisa = self._find_lisa()
+        lisa: LisaController | None = self._trainer.lisa
         if lisa is None or not lisa.is_attached:  # evaluated before it is trained
             patch(self._generation, "_weight_metadata", None, of="rollouts")
             self._of_trl[0]()
@@ -66,7 +73,10 @@ class Rollouts:
             lisa.change_logs.append(self._changes)
         lisa.note_changes()
         names = self._changes.take(lisa.engine.global_steps)
-        asleep = self._generation.mode == "colocate" and self._generation.enable_sleep_mode  # without its weights
+        if self._is_server and self._has_all and not all(gather(self._has_token())):  # it has begun anew
+            self._send_again(lisa)
+            return
+        asleep = not self._is_server and self._generation.enable_sleep_mode  # without its weights
         is_whole = asleep or not self._has_all
         units = [*units_of(lisa.blocks).values()] if is_whole else changed_units(lisa.blocks, names)
         if units and not self._send(lisa, units):
@@ -74,23 +84,30 @@ class Rollouts:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; once more where the server was gone, after it has all weights again. All ranks call it."""
-        self._problem = None
-        answers = self._of_trl[1](*args, **kwargs)
-        lisa = self._find_lisa()
-        if self._generation.mode == "server" and lisa is not None and any(gather(self._problem is not None)):
+        lisa = self._trainer.lisa
+        answers = self._generate(*args, **kwargs)
+        if self._is_server and any(gather(self._problem is not None)):
+            if lisa is None or not lisa.is_attached:
+                self._raise(self._problem)
             self._send_again(lisa)
-            answers = self._of_trl[1](*args, **kwargs)
-            raise_shared(self._problem)
+            answers = self._generate(*args, **kwargs)
+            self._raise(self._problem)
         return answers
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        self._problem, self._is_asked_here = None, True
+        try:
+            return self._of_trl[1](*args, **kwargs)
+        finally:
+            self._is_asked_here = False
 
     def iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole weights by the names that vLLM loads them by, those of the model's files; a collective of ZeRO-3."""
-        self._walk = self._of_trl[2]() if self._units is None else self._gathered(self._units)
-        return self._walk
+        return self._of_trl[2]() if self._walk is None else self._walk
 
     def _send(self, lisa: LisaController, units: list[dict[str, torch.Tensor]]) -> bool:
         """Whether the engine has taken these weights. All ranks call it."""
-        self._units, model, self._problem = units, lisa.engine.module, None
+        model, self._problem = lisa.engine.module, None
         described = [
             (name, str(value.dtype).removeprefix("torch."), [*value.shape])
             for unit in units
@@ -99,57 +116,69 @@ class Rollouts:
         self.sent_bytes = sum(value.dtype.itemsize * _numel(value) for unit in units for value in unit.values())
         patch(self._generation, "_weight_metadata", described, of="rollouts")
         drop_prefetched(lisa.engine)
-        try:
+        get_accelerator().synchronize()  # vLLM's side copies on a stream of its own
+        self._walk = walk = self._gathered(units)
+        with self._noting():
             self._of_trl[0]()
             self._mark()
-        except OSError as error:  # those of requests are
-            self._problem = str(error)
-            for _ in self._walk:  # the other ranks gather all of them
-                pass
-        finally:
-            self._units = None
+        for _ in walk if self._problem else ():  # the other ranks gather all of them
+            pass
+        self._walk = None
         self._has_all = not any(gather(self._problem is not None))
         return self._has_all
 
     def _send_again(self, lisa: LisaController) -> None:
         """Meet the server again, and send it everything. All ranks call it."""
-        problem, self._has_all = None, False
+        self._problem, self._has_all = None, False
         if self._client is not None:
-            try:
+            with self._noting():
                 self._client.check_server(self._generation.server_timeout)
                 self._client.close_communicator()
                 self._client.init_communicator(self._generation.accelerator.device)
-            except (OSError, RuntimeError) as error:
-                problem = str(error)
-        self._raise(problem)
+        self._raise(self._problem)
+        raise_shared(self._why_not_served())
         self._send(lisa, [*units_of(lisa.blocks).values()])
         self._raise(self._problem)
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Keep what a server has refused, or the way to it; TRL raises a plain Exception for an answer of an error."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error) not in (Exception, RuntimeError):
+                raise
+            self._problem = str(error)
 
     def _raise(self, problem: str | None) -> None:
         way_out = "start it as before, and go on by --resume_from_checkpoint auto"
         raise_shared(problem and f"--use_vllm: the server is gone, or does not take weights ({problem}); {way_out}.")
 
+    def _why_not_served(self) -> str | None:
+        if self._client is None:
+            return None
+        served = self._client.get_server_info()["model_config"]["model"]
+        return why_not_served(served, self._generation.model.config)
+
     def _gathered(self, units: list[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        lisa, generation = self._find_lisa(), self._generation
-        assert lisa is not None
-        model, is_sent = lisa.engine.module, generation.mode == "colocate" or self._client is not None
+        lisa, device = self._trainer.lisa, self._generation.accelerator.device
+        model, is_sent = lisa.engine.module, not self._is_server or self._client is not None
         for unit in units:
             unit = unit | beside(unit, lisa.blocks)
             with deepspeed.zero.GatheredParameters([*unit.values()]):
                 if is_sent:
-                    whole = {name: whole_weights(value) for name, value in unit.items()}
-                    for name, value in rename(model, merge(whole, adapter_config(model))).items():
-                        yield name, value.to(generation.accelerator.device)
+                    whole = {name: whole_weights(value).to(device) for name, value in unit.items()}
+                    yield from rename(model, merge(whole, adapter_config(model))).items()
 
     def _ask(self, generate: Callable[..., dict[str, Any]], prompts: list, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The client's answers; none where there is no server, or one that has begun anew: `generate` asks again."""
-        try:
+        if not self._is_asked_here:  # by a function of the user's
+            return generate(prompts, *args, **kwargs)
+        with self._noting():
             answers = generate(prompts, *args, **kwargs)
             if self._has_token():
                 return answers
             self._problem = "it has begun anew"
-        except OSError as error:
-            self._problem = str(error)
         none: list[list[int]] = [[]] * (len(prompts) * kwargs["n"])
         return {"prompt_ids": [[]] * len(prompts), "completion_ids": none, "logprobs": None}
 
@@ -162,20 +191,28 @@ class Rollouts:
             self._token = self._token if is_known else ""
 
     def _has_token(self) -> bool:
+        """Whether the server still has what it was sent, where it can tell; of ranks without a client, yes."""
         if not self._token or self._client is None:
             return True
-        answer = self._client.session.get(f"{self._client.base_url}/weight_info")
+        try:
+            answer = self._client.session.get(f"{self._client.base_url}/weight_info")
+        except OSError:
+            return False
         return bool(answer.ok and answer.json()["weight_version"] == self._token)
 
 
 def units_of(blocks: Blocks) -> dict[str, dict[str, torch.Tensor]]:
-    """All weights, in parts that a server can take by themselves: decoder layers, and each module beside them."""
+    """All weights, in parts that a server can take by themselves: decoder layers, and each module beside them.
+
+    What LISA never trains is one part: names that a file has for several weights at once are made of all of them.
+    """
     of_layer = re.compile(rf"{re.escape(blocks.layers_path)}\.\d+\.")
     units: dict[str, dict[str, torch.Tensor]] = {}
     for block in blocks:
         for name, parameter in block.parameters.items() if block.name != ADAPTERS else ():
             found = of_layer.match(name)
-            units.setdefault(found.group() if found else name.rpartition(".")[0], {})[name] = parameter
+            beside_layers = block.name if block is blocks.outside else name.rpartition(".")[0]
+            units.setdefault(found.group() if found else beside_layers, {})[name] = parameter
     return units
 
 
@@ -186,7 +223,7 @@ def changed_units(blocks: Blocks, names: set[str]) -> list[dict[str, torch.Tenso
     return [unit for unit in units_of(blocks).values() if not changed.isdisjoint(unit)]
 
 
-def _why_not_served(served: str, config: PretrainedConfig) -> str | None:
+def why_not_served(served: str, config: PretrainedConfig) -> str | None:
     """In what a server's model differs from that of the run, by its config, where this machine has that."""
     try:
         theirs = AutoConfig.from_pretrained(served).get_text_config()

@@ -118,8 +118,7 @@ class LisaMixin(MonitoredMixin):
         self._workload = StepWorkload(self.args, type(self).compute_loss, self._loss, self._rows_shared_by)
         self._signals, self._watchdog = StopSignals(), Watchdog(hang_timeout)
         self.add_callback(LisaSteps(self, self._signals, self._watchdog))
-        generation = getattr(self, "vllm_generation", None)  # of GRPO, where vLLM answers
-        self.rollouts = Rollouts(generation, lambda: self.lisa) if generation is not None else None
+        self.rollouts = Rollouts(self) if hasattr(self, "vllm_generation") else None  # of GRPO, where vLLM answers
         if self.args.torch_compile:
             self.add_callback(CompiledLayers(self, self.lisa_config.lisa_layers_attribute))
 
@@ -185,6 +184,8 @@ class LisaMixin(MonitoredMixin):
             self._watchdog.beat()  # each may take as long as a step
             prepare()
         self._watchdog.beat()
+        if self.rollouts is not None:
+            self.rollouts.forget()
         if self.is_world_process_zero():
             print(self.describe(), flush=True)
         return model, train_dataloader
@@ -261,6 +262,8 @@ class LisaMixin(MonitoredMixin):
         if self.args.load_best_model_at_end and best is not None and self.stopped_by is None:
             read_weights(self._engine, self._controller.blocks, Path(best))
             self._controller.changes.forget()
+            if self.rollouts is not None:
+                self.rollouts.forget()
             self._print(f"the model is that of {best}, the best by {self.args.metric_for_best_model}")
         return output
 

@@ -230,13 +230,15 @@ def test_vllm_takes_whole_layers_and_nothing_less(tmp_path):
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     model.save_pretrained(tmp_path / "before")
-    trained = {id(parameter) for parameter in model.model.layers[2].parameters()} | {id(model.lm_head.weight)}
-    for parameter in model.parameters():
-        if id(parameter) in trained:
-            parameter.data.mul_(1.3)
+    layer = model.model.layers[2]
+    layer.self_attn.q_proj.weight.data.mul_(1.3)
+    model.save_pretrained(tmp_path / "part")
+    for parameter in (layer.mlp.up_proj.weight, layer.self_attn.v_proj.weight, model.lm_head.weight):
+        parameter.data.mul_(1.3)
     model.save_pretrained(tmp_path / "after")
-    script, folders = str(ROOT / "tests/plugins/vllm_on_cpu.py"), [str(tmp_path / name) for name in ("before", "after")]
-    said = said_by([str(python), script, *folders, "2"], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    script, names = str(ROOT / "tests/plugins/vllm_on_cpu.py"), ("before", "after", "part")
+    command = [str(python), script, *(str(tmp_path / name) for name in names), "2"]
+    said = said_by(command, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     found = json.loads(re.search("^found (.*)$", said, re.MULTILINE)[1])
-    assert found["changed"] == found["after"]
-    assert found["part"] != found["after"]
+    assert found["sent"] == found["after"]
+    assert found["sent part"] != found["part"]

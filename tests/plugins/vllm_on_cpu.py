@@ -1,8 +1,8 @@
 """What vLLM itself makes of whole layers, and of one matrix of a layer: its own code that a server's update runs.
 
-vllm_on_cpu.py BEFORE AFTER TRAINED: folders of a model before and after layer TRAINED and the embedding have changed.
-Prints the likeliest tokens with their log-probabilities as JSON: of AFTER, of BEFORE with what has changed, and of
-BEFORE with one matrix of that layer.
+vllm_on_cpu.py BEFORE AFTER PART LAYER: folders of a model before and after a decoder layer and the head have trained,
+and with one matrix of that layer trained alone. Prints the likeliest tokens with their log-probabilities as JSON: of
+engines that have read AFTER and PART, and of engines of BEFORE that were sent what makes them AFTER and PART.
 """
 
 import json
@@ -40,15 +40,13 @@ def answers(folder: str, weights: list[tuple] = ()) -> list:
 
 
 def main() -> None:
-    before, after, layer = sys.argv[1:]
+    before, after, part, layer = sys.argv[1:]
     blocks, trained = find_blocks(AutoModelForCausalLM.from_pretrained(before)), load_file(f"{after}/model.safetensors")
     units = changed_units(blocks, {f"layers.{layer}", "embed", "head", "rest"})
-    changed = [(name, trained[name]) for unit in units for name in unit]
-    one = [(name, value) for name, value in changed if name.endswith(f"layers.{layer}.self_attn.q_proj.weight")]
-    print(
-        "found",
-        json.dumps({"after": answers(after), "changed": answers(before, changed), "part": answers(before, one)}),
-    )
+    sent = [(name, trained[name]) for unit in units for name in unit]
+    matrix = [(name, value) for name, value in sent if name.endswith(f"layers.{layer}.self_attn.q_proj.weight")]
+    found = {"after": answers(after), "sent": answers(before, sent)}
+    print("found", json.dumps(found | {"part": answers(part), "sent part": answers(before, matrix)}))
 
 
 if __name__ == "__main__":

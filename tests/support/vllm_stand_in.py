@@ -61,6 +61,8 @@ class Server:
         self.nbytes: list[int] = []
         self.seen: list[str] = []  # of the weights, at every question
         self.dies_at: int | None = None  # at which question
+        self.dies_after: int | None = None  # how many answers
+        self.unprepared = 0  # updates that it could not take
         self.when_dead: Callable[[], object] = lambda: None
         self.version = "default"
         self.model = AutoModelForCausalLM.from_pretrained(folder)
@@ -75,8 +77,9 @@ class Server:
         if self._stream is not None:
             self._stream.close()
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in self.model.state_dict().items()}
+    def die(self) -> None:
+        self.close()
+        self.when_dead()
 
     def answer(self, path: str, body: dict) -> dict | None:
         """What one of its addresses answers; None where there is no such address, or it fails."""
@@ -91,7 +94,8 @@ class Server:
             info = body["init_info"]
             self._stream = socket.create_connection((info["master_address"], info["master_port"]), timeout=60)
         if path == "/update_weights":
-            if self._stream is None:
+            if self._stream is None:  # vLLM would leave the trainer waiting in NCCL
+                self.unprepared += 1
                 return None
             self._receive(**body["update_info"])
         if path == "/update_weight_version":
@@ -100,7 +104,7 @@ class Server:
             return {"weight_version": self.version}
         if path == "/v1/completions":
             if len(self.seen) == self.dies_at:
-                threading.Thread(target=lambda: (self.close(), self.when_dead())).start()
+                threading.Thread(target=self.die).start()
                 raise ConnectionAbortedError
             self.seen.append(digest(self.model))
             found = [answers(self.model, prompt, body["n"], body["max_tokens"]) for prompt in body["prompt"]]
@@ -142,6 +146,9 @@ class Server:
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
+                if self.path == "/v1/completions" and len(server.seen) == server.dies_after:
+                    self.close_connection = True
+                    threading.Thread(target=server.die).start()
 
             def do_GET(self) -> None:
                 self._reply({})

@@ -74,13 +74,14 @@ def train(folder, stage, changes, retries=5):
     of_lisa |= {name: changes[name] for name in changes if name.startswith("lisa_")}
     given = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "num_generations": 2}
     given |= {"max_completion_length": LENGTH, "bf16": False}
-    given |= {name: changes[name] for name in changes if name not in of_lisa and name != "resume"}
+    given |= {name: changes[name] for name in changes if name not in of_lisa and name not in ("resume", "evaluate")}
     with in_the_place_of_vllm(retries):
         trainer = (LisaGRPO if given.get("use_vllm") else Answering)(
             model=str(folder / "model"),
             args=cpu_arguments(str(folder / "out"), GRPOConfig, **given),
             reward_funcs=rewards,
             train_dataset=ROWS,
+            eval_dataset=ROWS.select(range(2)),
             processing_class=AutoTokenizer.from_pretrained(folder / "model"),
             lisa_config=LisaConfig(**of_lisa),
             deepspeed=stage,
@@ -91,6 +92,8 @@ def train(folder, stage, changes, retries=5):
             trainer.add_callback(SendAtEnd(trainer))
         trainer.train(changes.get("resume"))
         trainer.save_model(str(folder / "trained"))
+        if changes.get("evaluate"):
+            trainer.evaluate()
     logged = [(one["loss"], one["reward"]) for one in trainer.state.log_history if "reward" in one]
     return logged, seen, Engine.made.seen if given.get("vllm_mode") == "colocate" else None
 
@@ -132,7 +135,7 @@ def test_a_server_has_the_weights_of_the_run_at_every_answer(folder, serve, stag
     assert server.seen == seen
     assert len(set(seen)) == len(seen) == 6
     assert len(server.updates[0]) == NUM_TENSORS
-    assert [len(names) for names in server.updates[1:]] == [12, 21, 12, 21, 12, 12]  # a layer; two after a switch
+    assert [len(names) for names in server.updates[1:]] == [12] * 6  # embedding, a layer, norm and head
     assert equal(server, folder)
     assert run_ranks(train, ranks, folder, stage, {})[0][0] == logged  # answered by the trainer's own weights
 
@@ -149,11 +152,25 @@ def test_after_fifty_switches_it_still_has(folder, serve):
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        ("zero2", {"lisa_unit": "module", "lisa_activated_layers": 2, "lisa_sampler": "uniform", "lisa_budget": "10%"}),
+        (
+            "zero2",
+            {
+                "lisa_unit": "module",
+                "lisa_activated_layers": 2,
+                "lisa_sampler": "uniform",
+                "lisa_budget": "10%",
+                "lisa_always_on": "embed,head",
+                "lisa_frozen": "rest",
+            },
+        ),
         full("zero2", {"lisa_adapters": 4}),
         ("zero3", {"lisa_adapters": 4}),
         ("zero2", {"lisa_frozen_bits": "8", "bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}),
         full("zero2", {"lisa_always_on": "rest"}),
+        full(
+            "zero2",
+            {"lisa_adapters": 4, "lisa_frozen_bits": "8", "bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}},
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -162,6 +179,18 @@ def test_every_form_is_sent_whole(folder, serve, stage, changes):
     server = serve()
     run_ranks(train, 2 if stage == "zero3" else 1, folder, stage, of(server, **changes))
     assert equal(server, folder)
+
+
+def test_one_that_began_anew_while_the_run_took_a_step_is_met_first(folder, serve):
+    """It is told of no weights before: vLLM would have the trainer wait for it for ever."""
+    first, back = serve(), []
+    first.dies_after, first.when_dead = 2, lambda: back.append(serve(port=first.port))
+    given = of(first, max_steps=4, per_device_train_batch_size=4)
+    _, seen, _ = run_ranks(train, 1, folder, "zero2", given)[0]
+    (second,) = back
+    assert first.seen + second.seen == seen
+    assert len(second.updates[0]) == NUM_TENSORS
+    assert not second.unprepared
 
 
 @pytest.mark.parametrize(("away", "retries"), [(0.0, 5), (2.0, 0)], ids=["unnoticed", "noticed"])
@@ -223,12 +252,21 @@ def test_a_server_of_another_model_is_refused(folder, serve):
     assert said[0].endswith("); start it with that of the run.")
 
 
+def test_the_best_model_is_sent_whole(folder, serve):
+    server = serve()
+    best = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "reward", "greater_is_better": False}
+    run_ranks(train, 1, folder, "zero2", of(server, max_steps=4, evaluate=True, **best))
+    assert len(server.updates[-1]) == NUM_TENSORS
+    assert equal(server, folder)
+
+
 def test_a_resumed_run_sends_everything_first(folder, serve):
     server = serve()
     saves = {"save_strategy": "steps", "save_steps": 3}
     run_ranks(train, 1, folder, "zero2", of(server, max_steps=3, **saves))
     _, seen, _ = run_ranks(train, 1, folder, "zero2", of(server, resume="auto", **saves))[0]
-    assert [len(names) for names in server.updates] == [NUM_TENSORS, 12, 21, 12, NUM_TENSORS, 21, 12, 12]
+    assert [len(names) for names in server.updates] == [NUM_TENSORS, 12, 12, 12, NUM_TENSORS, 12, 12, 12]
     assert server.seen[3:] == seen
 
 
@@ -238,4 +276,4 @@ def test_an_engine_in_the_process_has_the_weights_too(folder, sleeps):
     colocated = {"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_correction": False}
     _, seen, engine = run_ranks(train, 2, folder, "zero3", colocated | {"vllm_enable_sleep_mode": sleeps})[0]
     assert [one for one, _ in engine] == seen
-    assert [count for _, count in engine] == ([NUM_TENSORS] * 6 if sleeps else [NUM_TENSORS, 12, 21, 12, 21, 12])
+    assert [count for _, count in engine] == ([NUM_TENSORS] * 6 if sleeps else [NUM_TENSORS] + [12] * 5)
