@@ -373,8 +373,8 @@ def _check_adapters(config: RunConfig, model_config: PretrainedConfig) -> None:
     rank = config.lisa.lisa_adapters
     assert rank is not None
     if config.run.layer_norms:
-        both = f"--layer_norms {config.run.layer_norms} with --lisa_adapters {rank}"
-        raise UserError(f"{both}: it looks at weights without their adapters; leave one out.")
+        rule = "it looks at weights without their adapters; leave one out"
+        raise UserError(f"--layer_norms with --lisa_adapters {rank}: {rule}.")
     if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         model = model_without_weights(model_config)
         add_adapters(model, find_blocks(model, config.lisa.lisa_layers_attribute), rank)

@@ -141,14 +141,15 @@ class Server:
                 except ConnectionAbortedError:
                     self.close_connection = True
                     return
+                if self.path == "/weight_info" and len(server.seen) == server.dies_after:  # all of it was asked for
+                    self.close_connection = True
+                    server.dies_after = None
+                    server.die()
                 text = json.dumps(found).encode()
                 self.send_response(200 if found is not None else 501)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
-                if self.path == "/v1/completions" and len(server.seen) == server.dies_after:
-                    self.close_connection = True
-                    threading.Thread(target=server.die).start()
 
             def do_GET(self) -> None:
                 self._reply({})
