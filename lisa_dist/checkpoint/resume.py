@@ -206,4 +206,4 @@ def start_from_weights(lisa: LisaController, folder: Path) -> None:
     read_weights(lisa.engine, lisa.blocks, folder, same_dtype=False)
     lisa.activate_from_weights(lisa.active)
     lisa.movement.restart()
-    lisa.changes.forget()
+    lisa.forget_changes()

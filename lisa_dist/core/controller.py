@@ -327,6 +327,11 @@ class LisaController:
         for log in self.change_logs if has_begun else ():
             log.note(self._trained, self.engine.global_steps)
 
+    def forget_changes(self) -> None:
+        """All weights have changed, and not by steps."""
+        for log in self.change_logs:
+            log.forget()
+
     def saved_states(self) -> tuple[dict[PartitionKey, PartitionState], dict[PartitionKey, list[Piece]]]:
         """What a checkpoint holds of this rank's optimizer: active and kept partitions, and the pieces of each."""
         get_accelerator().synchronize()  # copies to the host are not waited for

@@ -77,9 +77,8 @@ class SavedBlocks:
 class BlockChanges:
     """The names of the blocks that have trained since the last checkpoint, and where that one has the others.
 
-    An engine that answers has one too, with its last synchronisation in the place of a checkpoint.
-
-    Steps alone change weights: what else does so must call `forget`.
+    Steps alone change weights: what else does so must call `forget`. An engine that answers questions has one too, with
+    the last weights that it was sent in the place of a checkpoint.
     """
 
     def __init__(self) -> None:

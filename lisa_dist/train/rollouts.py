@@ -29,22 +29,34 @@ from lisa_dist.zero.parameters import parameter_shape, whole_weights
 from lisa_dist.zero.stage3 import drop_prefetched
 
 
+class _SentBlocks(BlockChanges):
+    """The blocks that have trained since an engine was sent weights, and whether it has all others."""
+
+    def __init__(self, trainer: Any):
+        super().__init__()
+        self.has_all, self._trainer = False, trainer
+
+    def forget(self) -> None:
+        """All weights have changed: they are to be sent before the next answer, also in a step that has been."""
+        self.has_all = False
+        patch(self._trainer, "_last_loaded_step", -1, of="rollouts")
+
+
 class Rollouts:
     """What the `VLLMGeneration` of a trainer of TRL's is sent of a model that LISA trains.
 
-    It takes the place of three of its methods. `sent_bytes` are those of the last synchronisation. Raises UserError on
-    all ranks for a server of another model, and where one does not come back within `--vllm_server_timeout`.
+    It takes the place of three of its methods. `sent_bytes` are those of the last synchronisation, `changes` is for the
+    controller. Raises UserError on all ranks for a server of another model, and where one does not come back within
+    `--vllm_server_timeout`.
     """
 
     def __init__(self, trainer: Any):
         generation = trainer.vllm_generation
-        self.sent_bytes = 0
+        self.sent_bytes, self.changes = 0, _SentBlocks(trainer)
         self._trainer, self._generation = trainer, generation
         self._of_trl = generation.sync_weights, generation.generate, generation._iter_named_params
         self._client = getattr(generation, "vllm_client", None)  # of a server, on the first rank
         self._is_server = generation.mode == "server"
-        self._changes: BlockChanges | None = None
-        self._has_all = False
         self._is_asked_here = False
         self._walk: Iterator[tuple[str, torch.Tensor]] | None = None  # over what is sent
         self._token = ""  # of the weights that the server has
@@ -56,11 +68,6 @@ class Rollouts:
         if self._is_server:
             raise_shared(self._why_not_served())
 
-    def forget(self) -> None:
-        """The weights were replaced by others: all of them are to be sent before the next answer."""
-        self._has_all = False
-        patch(self._trainer, "_last_loaded_step", -1, of="rollouts")
-
     def sync_weights(self) -> None:
         """Send what the engine lacks; all ranks call it."""
         lisa: LisaController | None = self._trainer.lisa
@@ -68,16 +75,13 @@ class Rollouts:
             patch(self._generation, "_weight_metadata", None, of="rollouts")
             self._of_trl[0]()
             return
-        if self._changes is None:
-            self._changes = BlockChanges()
-            lisa.change_logs.append(self._changes)
         lisa.note_changes()
-        names = self._changes.take(lisa.engine.global_steps)
-        if self._is_server and self._has_all and not all(gather(self._has_token())):  # it has begun anew
+        names = self.changes.take(lisa.engine.global_steps)
+        if self._is_server and self.changes.has_all and not all(gather(self._has_token())):  # it has begun anew
             self._send_again(lisa)
             return
         asleep = not self._is_server and self._generation.enable_sleep_mode  # without its weights
-        is_whole = asleep or not self._has_all
+        is_whole = asleep or not self.changes.has_all
         units = [*units_of(lisa.blocks).values()] if is_whole else changed_units(lisa.blocks, names)
         if units and not self._send(lisa, units):
             self._send_again(lisa)
@@ -124,19 +128,20 @@ class Rollouts:
         for _ in walk if self._problem else ():  # the other ranks gather all of them
             pass
         self._walk = None
-        self._has_all = not any(gather(self._problem is not None))
-        return self._has_all
+        self.changes.has_all = not any(gather(self._problem is not None))
+        return self.changes.has_all
 
     def _send_again(self, lisa: LisaController) -> None:
         """Meet the server again, and send it everything. All ranks call it."""
-        self._problem, self._has_all = None, False
+        self._problem, self.changes.has_all, other = None, False, None
         if self._client is not None:
             with self._noting():
                 self._client.check_server(self._generation.server_timeout)
+                other = self._why_not_served()
                 self._client.close_communicator()
                 self._client.init_communicator(self._generation.accelerator.device)
+        raise_shared(other)
         self._raise(self._problem)
-        raise_shared(self._why_not_served())
         self._send(lisa, [*units_of(lisa.blocks).values()])
         self._raise(self._problem)
 

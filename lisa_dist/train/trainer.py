@@ -132,6 +132,7 @@ class LisaMixin(MonitoredMixin):
         if self.optimizer is None:
             self.lisa = LisaController(model or self.model, self.lisa_config, self.get_decay_parameter_names)
             self.lisa.sequence = self._sequence
+            self.lisa.change_logs += [] if self.rollouts is None else [self.rollouts.changes]
             if not self.args.torch_compile:  # a layer's own function in its MLP would be a graph for each layer
                 self.lisa.tiles = tile_mlps(model or self.model, self.lisa.blocks)
             self.lisa.gather_by_layers(model or self.model, self._ds_config)
@@ -184,8 +185,6 @@ class LisaMixin(MonitoredMixin):
             self._watchdog.beat()  # each may take as long as a step
             prepare()
         self._watchdog.beat()
-        if self.rollouts is not None:
-            self.rollouts.forget()
         if self.is_world_process_zero():
             print(self.describe(), flush=True)
         return model, train_dataloader
@@ -261,9 +260,7 @@ class LisaMixin(MonitoredMixin):
         finish_save(self._controller)
         if self.args.load_best_model_at_end and best is not None and self.stopped_by is None:
             read_weights(self._engine, self._controller.blocks, Path(best))
-            self._controller.changes.forget()
-            if self.rollouts is not None:
-                self.rollouts.forget()
+            self._controller.forget_changes()
             self._print(f"the model is that of {best}, the best by {self.args.metric_for_best_model}")
         return output
 
@@ -367,8 +364,7 @@ class LisaMixin(MonitoredMixin):
         """Add lisa/... to every training log, so that each tracker has them; all ranks log a loss, or none."""
         if "loss" in logs and self.lisa is not None and self.lisa.records:
             logs = logs | lisa_metrics(self.lisa)
-            if self.rollouts is not None:
-                logs["lisa/sent_to_vllm_mb"] = self.rollouts.sent_bytes / 1e6
+            logs |= {} if self.rollouts is None else {"lisa/sent_to_vllm_mb": self.rollouts.sent_bytes / 1e6}
             if self._compute_time is not None:
                 metrics, warning = self._compute_time.metrics()
                 logs |= metrics
