@@ -7,7 +7,7 @@ from collections.abc import Iterator
 _FLAG = re.compile(r"(?<![\w-])--([a-z]\w*)(?![-\w])")
 # Those of other programs, and of the command line alone, which stay flags in Python too.
 _NO_ARGUMENTS = {"cpu", "help_all", "hostfile", "master_port", "nnodes", "no_ssh", "node_rank", "nproc_per_node"}
-_NO_ARGUMENTS |= {"num_gpus", "num_nodes", "tuner_type"}
+_NO_ARGUMENTS |= {"num_gpus", "num_nodes", "serve", "tuner_type"}
 _names_flags = False
 
 

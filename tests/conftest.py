@@ -1,6 +1,7 @@
 """Set-up of all tests: CPU ranks, no hub, C++ ops built before ranks need them."""
 
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores Ctrl-C for what it starts with &
 _caches = tempfile.mkdtemp(prefix="lisa_dist_tests_")
 os.environ["HF_HOME"] = _caches  # data may be read-only, and nothing is left in the user's cache
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the traces of the process that starts them

@@ -88,7 +88,7 @@ def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
             "usage: lisa-dist export CHECKPOINT OUT [--keep_adapter]\n\nturn a checkpoint of any LISA run",
         ),
         (["export", "one"], 2, "usage: lisa-dist export CHECKPOINT OUT [--keep_adapter]\n"),
-        (["report", "-h"], 0, "usage: lisa-dist report OUTPUT_DIR [OUTPUT_DIR ...]\n\nwrite report.html"),
+        (["report", "-h"], 0, "usage: lisa-dist report OUTPUT_DIR [OUTPUT_DIR ...] [--serve [PORT]]\n\nwrite report"),
         (["info", "more"], 2, "usage: lisa-dist info\n\nwhat is installed here"),
     ],
 )
