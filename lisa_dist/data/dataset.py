@@ -1,6 +1,7 @@
 """Training and held-out data, from the flags to token ids and labels, in the cache of `datasets`.
 
     sources.py      files, folders, the hub; samples and weights   -> examples
+    stream.py       the same as they are read, by --streaming
     readers.py      the kinds of files                             -> examples
     formats.py      alpaca, sharegpt, messages, ...                -> turns
     encoding.py     chat template, labels, maximum length          -> input_ids, labels
@@ -23,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from lisa_dist.data.encoding import LONG_EXAMPLES, Encoder, encode_examples
 from lisa_dist.data.formats import FORMATS
 from lisa_dist.data.readers import ORIGIN
-from lisa_dist.data.sources import Source, apply_weight, load_turns
+from lisa_dist.data.sources import Source, apply_weight, dataset_of, load_turns, open_source, recognize
+from lisa_dist.data.stream import BLOCK_ROWS, HEAD_ROWS, Opened, Stream, digest
 from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
 from lisa_dist.text import in_one_line
@@ -59,6 +61,9 @@ class DataArguments:
     )
     train_on_inputs: bool = setting(False, "Train on prompts too, and not only on the assistant's turns.")
     skip_bad_rows: bool = setting(False, "Skip invalid examples, in place of an error that lists them.")
+    streaming: bool = setting(
+        False, "Read, encode and pack examples as training takes them, in constant memory; needs --max_steps."
+    )
 
     def __post_init__(self) -> None:
         for name in ("dataset_name", "eval_dataset_name", "dataset_weights"):
@@ -88,6 +93,10 @@ class DataArguments:
                 f"--eval_rows {self.eval_rows:g}: --dataset_name has {max(paths, key=paths.count)} twice; give it "
                 "once, and --dataset_weights 2 to repeat it."
             )
+        if self.streaming and 0 < self.eval_rows < 1:
+            raise UserError(f"--eval_rows {self.eval_rows:g} with --streaming: a stream has no length; give a number.")
+        if self.streaming and (sampled := [name for name in self.dataset_name if re.search(r"#\d+$", name)]):
+            raise UserError(f"--dataset_name {sampled[0]} with --streaming: a stream has no length; leave # out.")
         self.sources()
 
     def sources(self) -> tuple[list[Source], list[Source]]:
@@ -110,7 +119,7 @@ class DataArguments:
 class Data:
     """Examples with the columns input_ids and labels, or rows for TRL, and lines for the header of the run."""
 
-    train: Dataset
+    train: Any  # a Dataset or, by --streaming, a Stream
     held_out: Dataset | None
     lines: list[str]
 
@@ -122,21 +131,81 @@ def load_data(
     max_length: int | None,
     seed: int,
     num_proc: int | None = None,
+    packing: str | None = None,
 ) -> Data:
     """Load and encode all data. The first rank of a host fills the cache, the others read it.
+
+    Of streams the first rows are read; `packing` is what packs them, where TRL does not.
 
     The tokenizer has its chat template. Raises UserError naming the flag, the file, the line and the rule.
     """
     encoder, skip_invalid = Encoder(tokenizer, not arguments.train_on_inputs), arguments.skip_bad_rows
 
-    def load(source: Source) -> tuple[Dataset, list[str]]:
-        examples, line = load_turns(source, skip_invalid, seed)
+    def encode(examples: Dataset, source: Source) -> tuple[Dataset, list[str]]:
         encoded, details = encode_examples(
             examples, encoder, source.label, max_length, arguments.long_examples, skip_invalid, num_proc
         )
-        return encoded, [line, *(f"  {detail}" for detail in details)]
+        return encoded, [f"  {detail}" for detail in details]
 
-    return put_together(arguments, seed, load, lambda example: _format_example(encoder, example))
+    def load(source: Source) -> tuple[Dataset, list[str]]:
+        examples, line = load_turns(source, skip_invalid, seed)
+        encoded, details = encode(examples, source)
+        return encoded, [line, *details]
+
+    def describe(example: dict[str, Any]) -> str:
+        return _format_example(encoder, example)
+
+    if not arguments.streaming:
+        return put_together(arguments, seed, load, describe)
+    stream, lines = _open_stream(arguments, encoder, seed, max_length, packing)
+    heads = stream.head(BLOCK_ROWS if arguments.eval_rows else HEAD_ROWS)
+    train_sources, held_out_sources = arguments.sources()
+    lines.append(describe(encode(dataset_of(heads[0][:HEAD_ROWS]), train_sources[0])[0][0]))
+    held_out = None
+    if arguments.eval_rows:
+        sampled = _sample_heads(heads, arguments, seed)
+        stream.held_out = frozenset(map(digest, sampled))
+        held_out = _join([encode(dataset_of(sampled), train_sources[0])[0]], "--dataset_name")
+        lines.append(f"held out: {len(sampled)} of the first {BLOCK_ROWS} rows, sampled by --seed {seed}")
+    elif held_out_sources:
+        loaded = [load(source) for source in held_out_sources]
+        held_out = _join([part for part, _ in loaded], "--eval_dataset_name")
+        lines += ["held out:", *(line for _, told in loaded for line in told)]
+    return Data(stream, held_out, lines)
+
+
+def _open_stream(
+    arguments: DataArguments, encoder: Encoder, seed: int, max_length: int | None, packing: str | None
+) -> tuple[Stream, list[str]]:
+    """The stream of the training data, and a line of each source."""
+    opened, lines = [], []
+    for source in arguments.sources()[0]:
+        rows = open_source(source, streaming=True)
+        convert, columns = recognize(source, rows)
+        opened.append(Opened(source, rows, convert))
+        lines.append(f"{source.name}: {columns}, streamed, {BLOCK_ROWS} rows shuffled at a time")
+    stream = Stream(
+        opened,
+        encoder,
+        weights=arguments.dataset_weights,
+        max_length=max_length,
+        long_examples=arguments.long_examples,
+        packing=packing,
+        seed=seed,
+        skip_invalid=arguments.skip_bad_rows,
+    )
+    return stream, lines
+
+
+def _sample_heads(heads: list[list[dict[str, Any]]], arguments: DataArguments, seed: int) -> list[dict[str, Any]]:
+    """`--eval_rows` of the first rows of a stream: rows of those contents are not trained on."""
+    rows, number = [row for head in heads for row in head], int(arguments.eval_rows)
+    if number >= len(rows):
+        raise UserError(
+            f"--eval_rows {number}: must be fewer than the first {len(rows)} rows of --dataset_name, of which a stream "
+            "samples them."
+        )
+    return random.Random(seed).sample(rows, number)
 
 
 def put_together(
@@ -206,8 +275,10 @@ def _join(parts: list[Dataset], flag: str) -> Dataset:
         raise UserError(f"{flag}: rows of its sources are not of one kind ({in_one_line(error)}).") from error
 
 
-def describe_examples(examples: Dataset) -> str:
+def describe_examples(examples: Dataset | Stream) -> str:
     """The number of examples, and a checksum of a hundred of them, to compare ranks."""
+    if isinstance(examples, Stream):
+        return f"rows with checksum {examples.fingerprint()[:8]}"
     checksum = 0
     if "images" in examples.column_names:
         examples = examples.remove_columns("images")

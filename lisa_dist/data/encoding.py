@@ -228,14 +228,10 @@ def encode_examples(
     def encode(batch: dict[str, list]) -> dict[str, list]:
         columns: dict[str, list] = {name: [] for name in ("input_ids", "labels", ORIGIN, "length", "status")}
         for turns, tools, origin in zip(batch["turns"], batch["tools"], batch[ORIGIN], strict=True):
-            parts: list[tuple[list[int], list[int], str]]
             try:
-                ids, labels = encoder.encode(turns, tools)
+                parts, length = encode_parts(encoder, turns, tools, max_length, long_examples)
             except ExampleError as error:
                 parts, length = [([], [], str(error))], 0
-            else:
-                splits = long_examples == "auto" and turns[0]["role"] == "text"
-                parts, length = _limit_length(ids, labels, max_length, long_examples == "drop", splits), len(ids)
             for ids, labels, status in parts:
                 for name, value in zip(columns, (ids, labels, origin, length, status), strict=True):
                     columns[name].append(value)
@@ -265,6 +261,18 @@ def encode_examples(
             f"{source}: none of {len(examples)} examples can be used: {'; '.join(lines)}. Raise --max_length."
         )
     return encoded.select(kept).select_columns(["input_ids", "labels", ORIGIN]), lines
+
+
+def encode_parts(
+    encoder: Encoder, turns: Sequence[dict[str, Any]], tools: Any, max_length: int | None, long_examples: str
+) -> tuple[list[tuple[list[int], list[int], str]], int]:
+    """Token ids and labels of an example, or of each of its parts, with a status, and its length; none where it goes.
+
+    Raises ExampleError if the chat template cannot render the turns.
+    """
+    ids, labels = encoder.encode(turns, tools)
+    splits = long_examples == "auto" and turns[0]["role"] == "text"
+    return _limit_length(ids, labels, max_length, long_examples == "drop", splits), len(ids)
 
 
 def _limit_length(

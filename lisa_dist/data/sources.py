@@ -124,11 +124,11 @@ def _split_sample_size(source: Source) -> tuple[str, int | None]:
     return name, int(number)
 
 
-def open_source(source: Source) -> dict[str, Any]:
+def open_source(source: Source, streaming: bool = False) -> dict[str, Any]:
     """The rows of a source, for `read_rows`: a table, or files with what changes when they do, as keys of the cache."""
     try:
-        opened = _open(source, _split_sample_size(source)[0])
-        if isinstance(opened, Dataset):
+        opened = _open(source, _split_sample_size(source)[0], streaming)
+        if not isinstance(opened, list):
             return {"label": source.label, "table": opened}
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in opened]
         return {"label": source.label, "files": files}
@@ -136,7 +136,7 @@ def open_source(source: Source) -> dict[str, Any]:
         raise UserError(f"{source.label}: cannot be read ({error.strerror or error}).") from error
 
 
-def _open(source: Source, name: str) -> Dataset | list[Path]:
+def _open(source: Source, name: str, streaming: bool) -> Any:
     path = Path(name)
     if any((path / file).exists() for file in readers.OF_SAVED_DATASETS):
         saved = load_from_disk(name)
@@ -163,7 +163,7 @@ def _open(source: Source, name: str) -> Dataset | list[Path]:
     if name in _KINDS_OF_FILES:
         raise UserError(f"{source.label}: a kind of file and no name of a dataset; give the file itself.")
     try:
-        return load_dataset(name, source.config, split=source.split)
+        return load_dataset(name, source.config, split=source.split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise UserError(
             f"{source.label}: no such file or folder, and no dataset of that name on the hub can be reached "
@@ -195,14 +195,19 @@ def first_row(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _convert(source: Source, rows: dict[str, Any], with_images: bool) -> tuple[Dataset, str]:
+    convert, columns = recognize(source, rows, with_images)
+    arguments = {"version": _VERSION, "rows": rows} | convert
+    return generate(_entries, arguments, _WITH_IMAGES if with_images else _FEATURES), columns
+
+
+def recognize(source: Source, rows: dict[str, Any], with_images: bool = False) -> tuple[dict[str, Any], str]:
+    """What `entry_of` is to be given for the rows of a source, by the first of them; and a line about its columns."""
     first = first_row(rows)
     if not source.columns and source.format is None:
         source = replace(source, columns=formats.columns_of_format(first))
     format_name = _choose_format(source, list(first), first.get("label"))
-    arguments: dict[str, Any] = {"version": _VERSION, "rows": rows, "format_name": format_name}
-    arguments |= {"columns": source.columns, "with_images": with_images}
     columns = formats.describe_columns(format_name, source.renamed(first), readers.IMAGE_COLUMNS if with_images else ())
-    return generate(_entries, arguments, _WITH_IMAGES if with_images else _FEATURES), columns
+    return {"format_name": format_name, "columns": source.columns, "with_images": with_images}, columns
 
 
 def _choose_format(source: Source, columns: Sequence[str], label: Any = None) -> str:
@@ -253,31 +258,46 @@ def generate(function: Callable[..., Iterator[dict]], arguments: dict, features:
         ) from error
 
 
-def _entries(
-    version: int, rows: Mapping[str, Any], format_name: str, columns: tuple, with_images: bool
-) -> Iterator[dict]:
-    """Entries of the cache: the turns of an example, and its images, or none and its problem."""
-    for path, origin, row, problem in read_rows(rows):
-        entry: dict[str, Any] = {"turns": [], "tools": None, ORIGIN: origin, PROBLEM: problem}
-        if with_images:
-            entry["images"] = []
-        try:
-            if row is not None:
-                row = {**row, **{name: row.get(column) for name, column in columns}}
-                found: dict[str, Any] = {
-                    "turns": formats.to_turns(row, format_name),
-                    "tools": formats.tools_of(row, format_name),
-                }
-                if with_images:
-                    _check_beside_images(**found)
-                    found["images"] = readers.images_of(row, Path(path).parent)
-                "".join(turn["content"] for turn in found["turns"]).encode()
-                entry |= found
-        except ExampleError as error:
-            entry[PROBLEM] = str(error)
-        except UnicodeEncodeError:
-            entry[PROBLEM] = "has half of a character (a lone surrogate)"
-        yield entry
+def dataset_of(entries: list[dict[str, Any]]) -> Dataset:
+    """Valid entries as `load_turns` has them."""
+    return Dataset.from_list(entries, features=_FEATURES).remove_columns(PROBLEM)
+
+
+def _entries(version: int, rows: Mapping[str, Any], **convert: Any) -> Iterator[dict]:
+    for row in read_rows(rows):
+        yield entry_of(*row, **convert)
+
+
+def entry_of(
+    path: str,
+    origin: str,
+    row: dict | None,
+    problem: str | None,
+    format_name: str,
+    columns: Iterable[Sequence[str]],
+    with_images: bool,
+) -> dict[str, Any]:
+    """Of what `read_rows` gives the turns of the example, and its images, or none and its problem."""
+    entry: dict[str, Any] = {"turns": [], "tools": None, ORIGIN: origin, PROBLEM: problem}
+    if with_images:
+        entry["images"] = []
+    try:
+        if row is not None:
+            row = {**row, **{name: row.get(column) for name, column in columns}}
+            found: dict[str, Any] = {
+                "turns": formats.to_turns(row, format_name),
+                "tools": formats.tools_of(row, format_name),
+            }
+            if with_images:
+                _check_beside_images(**found)
+                found["images"] = readers.images_of(row, Path(path).parent)
+            "".join(turn["content"] for turn in found["turns"]).encode()
+            entry |= found
+    except ExampleError as error:
+        entry[PROBLEM] = str(error)
+    except UnicodeEncodeError:
+        entry[PROBLEM] = "has half of a character (a lone surrogate)"
+    return entry
 
 
 def _check_beside_images(turns: list[dict[str, Any]], tools: Any) -> None:

@@ -92,6 +92,8 @@ def _check_flags(config: RunConfig) -> None:
     method, training = config.run.method, config.training
     if config.run.task == SFT:
         _check_sft(training)
+        if config.data.streaming and training.max_steps < 1:
+            raise UserError("--streaming: a stream has no length; give the number of steps, --max_steps.")
     else:
         _check_task(config)
     for name in _loads_by(config):

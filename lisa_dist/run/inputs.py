@@ -85,6 +85,8 @@ def load_examples(config: RunConfig, processing: Processing, processor: str = ""
     with ranks.main_process_first(), ranks.local_main_process_first():  # the others find what was cached, as in TRL
         try:
             if config.run.task == SFT and processor and have_images(config.data):
+                if config.data.streaming:
+                    raise UserError("--streaming: rows with images are not streamed; leave it out.")
                 if processing is tokenizer:
                     raise UserError(
                         f"--dataset_name {' '.join(config.data.dataset_name or [])}: its rows have images, and the "
@@ -98,6 +100,7 @@ def load_examples(config: RunConfig, processing: Processing, processor: str = ""
                     max_length=training.max_length,
                     seed=training.seed,
                     num_proc=training.dataset_num_proc,
+                    packing=training.packing_strategy if training.packing else None,
                 )
             else:
                 data = load_task_data(config.data, config.run.task, training.seed)

@@ -10,6 +10,7 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import create_model_from_path
 
 from lisa_dist.data.dataset import Data
+from lisa_dist.data.stream import Stream
 from lisa_dist.errors import UserError
 from lisa_dist.run.arguments import DEQUANTIZED, RunConfig, model_config_of, stored_quantization
 from lisa_dist.run.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
@@ -88,12 +89,13 @@ def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
     arguments: dict[str, Any] = {
         "model": load_model(config),
         "args": config.training,
-        "train_dataset": data.train,
+        "train_dataset": data.train.as_dataset() if isinstance(data.train, Stream) else data.train,
         "eval_dataset": data.held_out,
         "processing_class": processing,
     }
     if config.run.task == SFT:
         arguments["loss"] = settled.loss
+        arguments["stream"] = data.train if isinstance(data.train, Stream) else None
     if config.run.reward_funcs:
         arguments["reward_funcs"] = load_rewards(config.run.reward_funcs)
     if config.run.method == "lisa":
@@ -110,10 +112,8 @@ def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
         arguments["peft_config"] = _adapters(config) if config.run.method == "lora" else None
     with without_bars_of_datasets():
         trainer = TRAINERS[config.run.task][config.run.method != "lisa"](**arguments)
-    left = len(trainer.train_dataset)
-    if left < len(data.train) and config.run.task != SFT:  # TRL leaves out what is too long, of some tasks
-        total = len(data.train)
-        if not left:
+    if config.run.task != SFT and (left := len(trainer.train_dataset)) < (total := len(data.train)):
+        if not left:  # TRL leaves out what is too long, of some tasks
             raise UserError(f"--max_length {config.training.max_length}: every one of {total} rows is longer.")
         trainer.accelerator.print(f"{total - left} of {total} rows are too long, and left out")
     if config.run.method != "lisa" and config.training.torch_compile:

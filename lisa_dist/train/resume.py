@@ -99,7 +99,7 @@ def check_beginning(trainer: Any, begins: Beginning) -> None:
         why = None
         if getattr(trainer.args, "train_sampling_strategy", None) == "group_by_length":
             why = "--train_sampling_strategy group_by_length groups rows anew"
-        elif isinstance(trainer.train_dataset, IterableDataset):
+        elif isinstance(trainer.train_dataset, IterableDataset) and getattr(trainer, "_stream", None) is None:
             why = "of streamed rows the Trainer knows the place in the first pass alone"
         if why is not None:
             trainer.accelerator.print(f"this resume is not bit for bit: {why}.")

@@ -71,7 +71,7 @@ class SequenceParallelMixin(_TrainerClass):
             packed = getattr(self.args, "max_length", None) if getattr(self.args, "packing", False) else None
             how = config._attn_implementation
             check_sequence_parallel(size, self.args.world_size, config, how, packed_tokens=packed)
-            if isinstance(self.train_dataset, IterableDataset):
+            if isinstance(self.train_dataset, IterableDataset) and getattr(self, "_stream", None) is None:
                 rule = "rank 0 deals out a stream's rows, to each rank its own; give a dataset"
                 raise UserError(f"--sequence_parallel {size}: {rule}.")
             if self.compute_loss_func is not None:

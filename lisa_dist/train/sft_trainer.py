@@ -1,6 +1,7 @@
 """TRL's SFTTrainer, trained by LISA or, for comparison, with the same parameters in every step."""
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from accelerate.utils import send_to_device
 from deepspeed import DeepSpeedEngine
@@ -8,7 +9,9 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from lisa_dist.data.stream import Stream, StreamLoader
 from lisa_dist.errors import UserError
+from lisa_dist.files import read_json, write_json
 from lisa_dist.loss.label_logits import add_label_logits, check_loss, why_no_label_logits
 from lisa_dist.loss.liger import add_liger_loss
 from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
@@ -42,6 +45,55 @@ class PackingCheck(TrainerCallback):
                 f"--{flag} true: in {type(model).__name__} with attention {model.config._attn_implementation}, "
                 "documents in a row see each other; leave the flag out, or give another --attn_implementation."
             )
+
+
+if TYPE_CHECKING:
+    _Trainer: TypeAlias = Any
+else:
+    _Trainer = object
+
+
+class _StreamMixin(_Trainer):
+    """Put right before SFTTrainer: of a `stream` each rank reads rows of its own, and a resume reads on."""
+
+    def __init__(self, *args: Any, stream: Stream | None = None, **kwargs: Any):
+        self._stream = stream
+        self._stream_loader: StreamLoader | None = None
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._stream is not None and args[-1] == "train":
+            return dataset
+        return super()._prepare_dataset(dataset, *args, **kwargs)
+
+    def _get_dataloader(self, *args: Any, batch_size: int, is_training: bool = False, **kwargs: Any) -> Any:
+        if self._stream is None or not is_training:
+            return super()._get_dataloader(*args, batch_size=batch_size, is_training=is_training, **kwargs)
+        ranks, collate, sharing = self.args.world_size, self.data_collator, self._rows_shared_by
+        loading = {name: getattr(self.args, f"dataloader_{name}") for name in ("num_workers", "pin_memory")}
+        loading["prefetch_factor"] = self.args.dataloader_prefetch_factor
+        part = self.args.process_index // sharing, ranks // sharing
+        self._stream_loader = StreamLoader(self._stream, *part, batch_size, collate, **loading)
+        return self._stream_loader
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, which would take all earlier batches once more when it resumes."""
+        folder = kwargs["resume_from_checkpoint"]
+        if self._stream_loader is not None and folder is not None and not self.args.ignore_data_skip:
+            path = self._stream_path(folder)
+            if not path.exists():
+                raise UserError(f"--resume_from_checkpoint: there is no {path}: its run had other ranks, or no stream.")
+            self._stream_loader.load_state_dict(read_json(path))
+            kwargs["steps_trained_in_current_epoch"] = 0
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._stream_loader is not None:
+            write_json(self._stream_path(output_dir), self._stream_loader.state_dict())
+
+    def _stream_path(self, folder: str) -> Path:
+        return Path(folder) / f"stream_{self.args.process_index}.json"
 
 
 class _SFTMixin(MonitoredMixin):
@@ -80,7 +132,7 @@ class _SFTMixin(MonitoredMixin):
         super().log(*args, **kwargs)
 
 
-class LisaTrainer(_SFTMixin, LisaMixin, SFTTrainer):
+class LisaTrainer(_SFTMixin, LisaMixin, _StreamMixin, SFTTrainer):
     """TRL's SFTTrainer, trained by LISA: its formats, chat templates, packing and losses.
 
     `loss` is how the loss is computed: "chunked" as TRL does, "logits" with logits of the positions with a label that
@@ -90,7 +142,7 @@ class LisaTrainer(_SFTMixin, LisaMixin, SFTTrainer):
     """
 
 
-class BaselineTrainer(_SFTMixin, SFTTrainer):
+class BaselineTrainer(_SFTMixin, _StreamMixin, SFTTrainer):
     """TRL's SFTTrainer with the same parameters in every step, all or adapters; it logs what a LISA run logs.
 
     Raises ValueError as `LisaTrainer` does.

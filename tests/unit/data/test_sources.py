@@ -112,7 +112,7 @@ def test_a_saved_dataset(tmp_path):
 def test_what_the_hubs_library_refuses_is_said_of_the_flag(monkeypatch):
     """As of a split or a config that a dataset has not: no hub can be asked here, so the library's words are given."""
 
-    def refuse(name, config, split):
+    def refuse(name, config, split, streaming):
         raise ValueError(f"Unknown split \"{split}\". Should be one of ['test'].")
 
     monkeypatch.setattr(sources, "load_dataset", refuse)
