@@ -33,7 +33,8 @@ TASKS = {
 PAIRED = ("dpo", "orpo", REWARD)  # whose steps run both answers of a pair
 WITH_REFERENCE = ("dpo", KTO)
 # Flags, with what stands for none, of examples that are tokenized here; those of the other tasks TRL tokenizes.
-OF_SFT: dict[str, Any] = {"loss": "auto", "dataset_format": None, "long_examples": "auto", "train_on_inputs": False}
+OF_SFT: dict[str, Any] = {"loss": "auto", "dataset_format": None, "long_examples": "auto"}
+OF_SFT |= {"train_on_inputs": False, "streaming": False}
 
 
 def check_task(task: str) -> str:

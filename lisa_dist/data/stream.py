@@ -184,13 +184,14 @@ class Stream:
             begins = [reading.place for reading in readings]
             generator = random.Random(f"{self.seed} {part} of {parts} {block}")
             rows = self._read_block(readings, generator)
+            of_block = {"block": block, "sources": begins, "passes": [one.place_in_pass["pass"] for one in readings]}
             generator.shuffle(rows)
             row, done = at["row"], at["example"]
             while row < len(rows):
                 group, after = self._encode_group(rows, row)
                 random.Random(f"{self.seed} {block} {row}").shuffle(group)
                 for number, example in enumerate(group[done:], done + 1):
-                    yield example, {"block": block, "sources": begins, "row": row, "example": number}
+                    yield example, of_block | {"row": row, "example": number}
                 row, done = after, 0
             at = {"row": 0, "example": 0}
 
@@ -198,14 +199,13 @@ class Stream:
         rows: list[dict[str, Any]] = []
         characters = 0
         while len(rows) < BLOCK_ROWS and characters < _BLOCK_CHARACTERS:
-            going = [reading for reading in readings if not reading.ended]
-            if not going or (self._weights and len(going) < len(readings)):
+            if rows and all(reading.ended for reading in readings):  # a pass ends with its block
+                break
+            if self._weights or all(reading.ended for reading in readings):
                 for reading in readings:
                     if reading.ended:
                         reading.begin_again()
-                if rows and not self._weights:  # a pass ends with its block
-                    break
-                continue
+            going = [reading for reading in readings if not reading.ended]
             if (entry := generator.choices(going, self._weights)[0].take()) is not None:
                 rows.append(entry)
                 characters += sum(len(turn["content"]) for turn in entry["turns"])
@@ -246,20 +246,25 @@ def digest(entry: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([entry["turns"], entry["tools"]]).encode()).hexdigest()[:32]
 
 
+@dataclass
 class _Batches(TorchDataset):
-    """Of a rank: batches, each with its worker's place after it; of an error the words, which a worker would lose."""
+    """Batches, each with the place after it; of an error the words, which a worker process would lose.
 
-    def __init__(self, loader: "StreamLoader"):
-        self._loader = loader
+    Of `parts` each worker takes one, with the place to begin at. A worker that is spawned has all of it by pickle.
+    """
+
+    stream: Stream
+    parts: list[tuple[int, int, Place | None]]
+    batch_size: int
+    collate: Callable[[list], Any]
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        worker, loader = get_worker_info(), self._loader
-        number = loader.worker_of(0 if worker is None else worker.id)
-        examples = loader.stream.examples(*loader.part_of(number), loader.places[number])
+        worker = get_worker_info()
+        examples = self.stream.examples(*self.parts[0 if worker is None else worker.id])
         try:
             while True:
-                taken = list(islice(examples, loader.batch_size))
-                yield loader.collate([example for example, _ in taken]), taken[-1][1]
+                taken = list(islice(examples, self.batch_size))
+                yield self.collate([example for example, _ in taken]), taken[-1][1]
         except UserError as error:
             yield None, str(error)
 
@@ -271,35 +276,42 @@ class StreamLoader:
     """
 
     def __init__(
-        self, stream: Stream, rank: int, ranks: int, batch_size: int, collate: Callable[[list], Any], **loading: Any
+        self,
+        stream: Stream,
+        rank: int,
+        ranks: int,
+        batch_size: int,
+        collate: Callable[[list], Any],
+        say: Callable[[str], None] = print,
+        **loading: Any,
     ):
-        self.stream, self.batch_size, self.collate = stream, batch_size, collate
+        self.stream, self._batch_size, self._collate, self._say = stream, batch_size, collate, say
         self._workers, self._loading, self._rank, self._ranks = max(1, loading["num_workers"]), loading, rank, ranks
         self._turn = 0  # the batches that were taken, by which the workers take turns
-        self.places: list[Place | None] = [None] * self._workers
-
-    def worker_of(self, place: int) -> int:
-        """The worker of an earlier loader that a new one's goes on for, so that turns go on."""
-        return (self._turn + place) % self._workers
-
-    def part_of(self, worker: int) -> tuple[int, int]:
-        """A worker's part of the rows, and of how many."""
-        return self._rank * self._workers + worker, self._ranks * self._workers
+        self._places: list[Place | None] = [None] * self._workers
+        self._passes = 0  # that have ended for this rank
 
     def __iter__(self) -> Iterator[Any]:
-        loader = DataLoader(_Batches(self), batch_size=None, **self._loading)
-        for batch, place in loader:
+        first, parts = self._rank * self._workers, self._ranks * self._workers
+        turns = [(self._turn + number) % self._workers for number in range(self._workers)]
+        of_workers = [(first + worker, parts, self._places[worker]) for worker in turns]
+        batches = _Batches(self.stream, of_workers, self._batch_size, self._collate)
+        for batch, place in DataLoader(batches, batch_size=None, **self._loading):
             if batch is None:
                 raise UserError(place)
-            self.places[self.worker_of(0)], self._turn = place, self._turn + 1
+            self._places[self._turn % self._workers], self._turn = place, self._turn + 1
+            passes = min(min(one["passes"]) if one else 0 for one in self._places)
+            if passes > self._passes:
+                self._say(f"the stream has ended {passes} times, and began again")
+            self._passes = passes
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """What has been taken, of values that JSON has."""
-        return {"of": self._of(), "turn": self._turn, "places": self.places}
+        return {"of": self._of(), "turn": self._turn, "places": self._places}
 
     def _of(self) -> dict[str, Any]:
-        given = {"ranks": self._ranks, "workers": self._workers, "rows a batch": self.batch_size}
+        given = {"ranks": self._ranks, "workers": self._workers, "rows a batch": self._batch_size}
         return given | {"data": self.stream.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -309,4 +321,4 @@ class StreamLoader:
                 f"--resume_from_checkpoint: its run streamed by other {', '.join(differing)}; give what it had, or "
                 "--ignore_data_skip true to begin the data anew."
             )
-        self._turn, self.places = state["turn"], state["places"]
+        self._turn, self._places = state["turn"], state["places"]

@@ -70,10 +70,10 @@ class _StreamMixin(_Trainer):
         if self._stream is None or not is_training:
             return super()._get_dataloader(*args, batch_size=batch_size, is_training=is_training, **kwargs)
         ranks, collate, sharing = self.args.world_size, self.data_collator, self._rows_shared_by
-        loading = {name: getattr(self.args, f"dataloader_{name}") for name in ("num_workers", "pin_memory")}
-        loading["prefetch_factor"] = self.args.dataloader_prefetch_factor
+        names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context")
+        loading = {name: getattr(self.args, f"dataloader_{name}") for name in names}
         part = self.args.process_index // sharing, ranks // sharing
-        self._stream_loader = StreamLoader(self._stream, *part, batch_size, collate, **loading)
+        self._stream_loader = StreamLoader(self._stream, *part, batch_size, collate, self.accelerator.print, **loading)
         return self._stream_loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
