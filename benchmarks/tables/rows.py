@@ -34,6 +34,12 @@ def checkpoints(of: None, figures: dict) -> Iterator[Row]:
             yield ds_config, way, *means
 
 
+def streams(of: None, figures: dict) -> Iterator[Row]:
+    """By the size of the data."""
+    for megabytes, one in figures["sizes"].items():
+        yield megabytes, one, one["rows"] / one["seconds"], int(megabytes) / one["seconds"]
+
+
 # kernels.py
 
 

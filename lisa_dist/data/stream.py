@@ -206,7 +206,8 @@ class Stream:
                     if reading.ended:
                         reading.begin_again()
             going = [reading for reading in readings if not reading.ended]
-            if (entry := generator.choices(going, self._weights)[0].take()) is not None:
+            chosen = generator.choices(going, self._weights)[0] if len(going) > 1 else going[0]
+            if (entry := chosen.take()) is not None:
                 rows.append(entry)
                 characters += sum(len(turn["content"]) for turn in entry["turns"])
         return rows
@@ -289,7 +290,7 @@ class StreamLoader:
         self._workers, self._loading, self._rank, self._ranks = max(1, loading["num_workers"]), loading, rank, ranks
         self._turn = 0  # the batches that were taken, by which the workers take turns
         self._places: list[Place | None] = [None] * self._workers
-        self._passes = 0  # that have ended for this rank
+        self.passes = 0  # that have ended for this rank
 
     def __iter__(self) -> Iterator[Any]:
         first, parts = self._rank * self._workers, self._ranks * self._workers
@@ -301,9 +302,9 @@ class StreamLoader:
                 raise UserError(place)
             self._places[self._turn % self._workers], self._turn = place, self._turn + 1
             passes = min(min(one["passes"]) if one else 0 for one in self._places)
-            if passes > self._passes:
+            if passes > self.passes:
                 self._say(f"the stream has ended {passes} times, and began again")
-            self._passes = passes
+            self.passes = passes
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
