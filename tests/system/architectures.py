@@ -1,15 +1,17 @@
 """Every causal and image-text architecture of transformers, tiny: one step and one switch, against plain AdamW.
 
-python tests/system/architectures.py [--blocks | --experts | model_type ...]
+python tests/system/architectures.py [--blocks | --experts | --page | model_type ...]
 
 Sizes of a config are known by their names, and made small; what cannot be built so is counted. A loop of one's own
 trains each on one CPU rank under ZeRO-2, with a switch before the second step, and plain torch trains the same layers:
 losses and all weights must be equal but for rounding. Prints a table; test_architectures.py runs a part of it. With
-`--blocks` it looks at the blocks of all, at their real size; with `--experts` at frozen experts in 4 bits.
+`--blocks` it looks at the blocks of all, at their real size; with `--experts` at frozen experts in 4 bits; with
+`--page` at frozen layers in 8 bits and shared rows too, on two ranks, and it writes docs/models.md.
 """
 
 import collections
 import contextlib
+import inspect
 import io
 import itertools
 import re
@@ -21,7 +23,9 @@ from typing import Any
 import torch
 import transformers
 from bitsandbytes import functional
+from torch import distributed as dist
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -35,6 +39,7 @@ from reference import train_reference
 
 from lisa_dist.core.blocks import find_blocks
 from lisa_dist.core.frozen_layers import FrozenLayers
+from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
 
 # Types of models and names of their classes.
@@ -65,6 +70,25 @@ SIZES = (
     (r"sliding_window|window_size|attention_window", 8),
 )
 
+COLUMNS = ("trains", "frozen layers in 8 bits", "ranks share rows")
+PAGE = """# Models
+
+What trains of the architectures that transformers {transformers} has for text, and for images and text. Each is built
+tiny and takes two steps with a switch between them. "trains": losses and all weights are those of plain AdamW on the
+same layers. "frozen layers in 8 bits": its first loss is that of 32 bits within 2%. "ranks share rows": two
+ranks share each row ([Attention](attention.md)), and have the loss of one. "not buildable": small sizes are not enough
+for the model; it may train. This page is made by `python tests/system/architectures.py --page`.
+
+{counts}
+
+| architecture | for | example | {columns} |
+|---|---|---|---|---|---|
+{rows}
+
+## Why not
+
+{reasons}
+"""
 GIVEN = r"n_(routed|shared)_experts|num_experts_per_tok|(topk|n)_group|head_dim"  # sizes that a config may leave out
 
 
@@ -251,6 +275,87 @@ def on_a_rank(names: list[str] | None = None) -> list[tuple[str, str, str]]:
     return found
 
 
+def on_two_ranks(names: list[str] | None = None) -> list[tuple[str, str, str, str]]:
+    """On a rank of two: of each architecture how it trains with frozen layers in 8 bits, and with shared rows."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    found = []
+    for kind, mapping in MAPPINGS.items():
+        for model_type in [one for one in mapping if names is None or one in names]:
+            outcomes = []
+            for how in ({"lisa_frozen_bits": "8"}, {}):
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    outcomes.append(steps(build(model_type, mapping[model_type]), **how))
+            found.append((kind, model_type, *outcomes))
+            print(*found[-1], file=sys.__stderr__, flush=True)
+    return found
+
+
+def steps(model: PreTrainedModel | str, **how: str) -> str:
+    """Two steps with frozen layers in 8 bits, or else with rows that two ranks share; yes, or why not."""
+    if isinstance(model, str):
+        return "-"
+    large = {name for name, parameter in model.named_parameters() if parameter.ndim > 2 and "layers." in name}
+    ds_config = read_ds_config("zero2") | {"bf16": {"enabled": bool(how)}}
+    config = lisa_dist.LisaConfig(lisa_interval_steps=1, lisa_activated_layers=1, lisa_sampler="reshuffle", **how)
+    given = {"lr": LR, "micro_batch_size": 2, "sequence_parallel": 1 if how else 2}
+    engine = None
+    try:
+        before = model(input_ids=batches()[0, 0], labels=batches()[0, 0]).loss.item()
+        model = model.to(torch.bfloat16) if how else model
+        engine, lisa = lisa_dist.initialize(model, ds_config, config, **given)
+        whole = {name for name, parameter in model.named_parameters() if name in large and parameter.numel()}
+        for number, (tokens,) in enumerate(batches()):
+            lisa.on_step_begin()
+            batch = {"input_ids": tokens, "labels": tokens}
+            loss = engine(**(batch if how else lisa.sequence.shard(batch))).loss
+            total = loss.detach().clone() / dist.get_world_size()
+            dist.all_reduce(total)
+            if number == 0 and abs(total.item() - before) > 0.02 * before:
+                return f"its first loss is {total.item():.4g} where it should be {before:.4g}"
+            engine.backward(loss)
+            engine.step()
+        return "yes, some in 16 bits" if how and len(whole) > len(large) / LAYERS else "yes"
+    except (UserError, RuntimeError, TypeError, AttributeError) as error:
+        return str(error).partition("\n")[0]
+    finally:
+        if engine is not None:
+            engine.destroy()
+
+
+def write_page(trained: list[tuple[str, str, str]], further: list[tuple[str, str, str, str]]) -> None:
+    """docs/models.md, of the outcomes of `on_a_rank` and `on_two_ranks`."""
+    rows, reasons = [], []
+    for (kind, model_type, outcome), (*_, bits, shared) in zip(trained, further, strict=True):
+        source = inspect.getsource(CONFIG_MAPPING[model_type])
+        example = next(iter(re.findall(r'checkpoint="([^"]+)"', source)), "")
+        name = f"[{example}](https://huggingface.co/{example})" if example else "-"
+        marks = ["yes" if outcome == "equal" else outcome.partition(":")[0]]
+        marks += [one if one in ("-", "yes", "yes, some in 16 bits") else "no" for one in (bits, shared)]
+        rows.append(
+            f"| `{model_type}` | {'text' if kind == 'causal' else 'images and text'} | {name} | {' | '.join(marks)} |"
+        )
+        if outcome != "equal" and not outcome.startswith("not buildable"):
+            reasons.append(f"- `{model_type}`: {outcome.removeprefix('refused: ')}")
+        reasons += [
+            f"- `{model_type}`, {what}: {why}"
+            for what, why, mark in zip(COLUMNS[1:], (bits, shared), marks[1:], strict=True)
+            if mark == "no"
+        ]
+    counts = []
+    for number, column in enumerate(COLUMNS):
+        marks = collections.Counter(row.split(" | ")[3 + number].strip(" |").partition(",")[0] for row in rows)
+        counts.append(f"- {column}: {', '.join(f'{mark} {count}' for mark, count in marks.most_common())}")
+    text = PAGE.format(
+        transformers=transformers.__version__,
+        counts="\n".join(counts),
+        rows="\n".join(rows),
+        columns=" | ".join(COLUMNS),
+        reasons="\n".join(reasons),
+    )
+    (Path(__file__).parents[2] / "docs" / "models.md").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Print every outcome, and how many there are of each."""
     if "--blocks" in sys.argv:
@@ -262,7 +367,10 @@ def main() -> None:
     if "--experts" in sys.argv:
         print(collections.Counter(outcome.partition(":")[0] for outcome in look_at_experts().values()))
         return
-    (found,) = run_ranks(on_a_rank, 1, sys.argv[1:] or None, timeout=7200)
+    names = [word for word in sys.argv[1:] if word != "--page"] or None
+    (found,) = run_ranks(on_a_rank, 1, names, timeout=7200)
+    if "--page" in sys.argv:
+        write_page(found, run_ranks(on_two_ranks, 2, names, timeout=7200)[0])
     for kind in MAPPINGS:
         of_kind = [outcome.partition(":")[0] for one, _, outcome in found if one == kind]
         print(kind, dict(collections.Counter(of_kind)))
