@@ -22,7 +22,7 @@ USAGE = """usage: lisa-dist train recipe.yaml [--gpus N] [--any_flag value]
        lisa-dist plan --model llama3.1-8b --gpus 4 --gpu_memory 80GiB [--any_flag value]
        lisa-dist eval MODEL --tasks mmlu,gsm8k,mt_bench [--data_dir DIR] [--gpus N]
        lisa-dist chat RUN_OR_MODEL
-       lisa-dist export CHECKPOINT OUT [--keep_adapter]
+       lisa-dist export CHECKPOINT OUT [--keep_adapter] [--push_to_hub NAME]
        lisa-dist report OUTPUT_DIR [OUTPUT_DIR ...] [--serve [PORT]]
        lisa-dist norms RUN [RUN ...] --output_dir FOLDER
        lisa-dist convert FILE [RECIPE]

@@ -27,6 +27,7 @@ _NOT_THE_MODEL = (
     "*.safetensors",
     "*.safetensors.index.json",
     "rng_state*",
+    "stream_*.json",
     "scheduler.pt",
     "trainer_state.json",
     "training_args.bin",

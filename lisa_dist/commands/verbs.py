@@ -27,7 +27,7 @@ WITH_FLAGS = dict.fromkeys(("train", "init", "plan", "eval", "chat", "check", "n
 WITH_FLAGS |= {"train": "--config", "eval": "--model", "chat": "--model"}
 # Verbs with words alone: how many, and which.
 WITH_WORDS = {
-    "export": ((2, 3), "CHECKPOINT OUT [--keep_adapter]"),
+    "export": (range(2, 6), "CHECKPOINT OUT [--keep_adapter] [--push_to_hub NAME]"),
     "report": (range(1, 100), "OUTPUT_DIR [OUTPUT_DIR ...] [--serve [PORT]]"),
     "convert": (range(1, 9), "FILE [RECIPE] [--tool axolotl|llamafactory|ms-swift|lmflow]"),
     "recipes": (range(4), "[show NAME | copy NAME [FILE]]"),

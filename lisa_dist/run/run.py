@@ -13,6 +13,7 @@ from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.errors import UserError
 from lisa_dist.files import naming_lost_files
+from lisa_dist.report.hub import meet_hub, naming_the_hub
 from lisa_dist.run.arguments import RunConfig
 from lisa_dist.run.check_run import check_config, check_resume
 from lisa_dist.run.header import describe_outcome, describe_run, record_of_run
@@ -40,6 +41,8 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> Path | None:
         installed_versions() | config.flags(), "start every rank with the same environment and the same flags"
     )
     check_resume(resume_from, output_dir, config.run.method, config.run.overwrite_output_dir)
+    if config.training.push_to_hub:
+        meet_hub(config.training)
     processing, template, processor = load_processing(config)
     settled = settle(config, resume_from)
     data = load_examples(settled.config, processing, processor)
@@ -90,10 +93,14 @@ def _finish(trainer: Any, output_dir: Path) -> Path | None:
             "command and --resume_from_checkpoint true"
         )
     else:
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # which does not push: a push may fail
         trainer.save_state()  # losses of every logged step, in trainer_state.json
         trainer.accelerator.print(describe_outcome(trainer.state.log_history))
         trainer.accelerator.print(f"saved {output_dir}; load it with from_pretrained")
+        if trainer.args.push_to_hub:
+            name = trainer.hub_model_id
+            with naming_the_hub(f"--push_to_hub to {name}", f"; the model is saved: `hf upload {name} {output_dir}`"):
+                trainer.push_to_hub()
     # Ranks that simply exit tear down gloo under each other's feet.
     dist.barrier()
     writes_report = trainer.is_world_process_zero() and trainer.stopped_by is None

@@ -1,6 +1,7 @@
 """The trainer of a run, TRL's of its task, with the model loaded."""
 
 import copy
+from functools import partial
 from typing import Any
 
 from peft import PeftConfig
@@ -12,6 +13,7 @@ from trl.trainer.utils import create_model_from_path
 from lisa_dist.data.dataset import Data
 from lisa_dist.data.stream import Stream
 from lisa_dist.errors import UserError
+from lisa_dist.report.hub import write_card
 from lisa_dist.run.arguments import DEQUANTIZED, RunConfig, model_config_of, stored_quantization
 from lisa_dist.run.cpu_bf16 import cpu_multiplies_bf16, multiply_in_fp32
 from lisa_dist.run.inputs import Processing
@@ -116,6 +118,9 @@ def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
         if not left:  # TRL leaves out what is too long, of some tasks
             raise UserError(f"--max_length {config.training.max_length}: every one of {total} rows is longer.")
         trainer.accelerator.print(f"{total - left} of {total} rows are too long, and left out")
+    trainer.create_model_card = partial(
+        write_card, str(config.training.output_dir)
+    )  # TRL's does not say how it trained
     if config.run.method != "lisa" and config.training.torch_compile:
         trainer.add_callback(CompiledLayers(trainer, config.lisa.lisa_layers_attribute))
     if config.training.bf16 and config.training.use_cpu and not cpu_multiplies_bf16():

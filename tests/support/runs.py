@@ -70,9 +70,11 @@ class Alone:
         return self.process.exitcode
 
 
-def run_alone(flags: list[str], output: Path, script: Path = TRAIN, report: bool = False) -> tuple[int, str]:
+def run_alone(
+    flags: list[str], output: Path, script: Path = TRAIN, report: bool = False, **variables: str
+) -> tuple[int, str]:
     """The exit code of a run of one rank, and what it said."""
-    run = Alone(flags, output, script, report)
+    run = Alone(flags, output, script, report, **variables)
     return run.wait(), run.said
 
 

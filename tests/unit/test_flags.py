@@ -85,9 +85,9 @@ def test_help_is_a_screen(capsys, monkeypatch, verb, groups):
         (
             ["export", "--help"],
             0,
-            "usage: lisa-dist export CHECKPOINT OUT [--keep_adapter]\n\nturn a checkpoint of any LISA run",
+            "usage: lisa-dist export CHECKPOINT OUT [--keep_adapter] [--push_to_hub NAME]\n\nturn a checkpoint of any",
         ),
-        (["export", "one"], 2, "usage: lisa-dist export CHECKPOINT OUT [--keep_adapter]\n"),
+        (["export", "one"], 2, "usage: lisa-dist export CHECKPOINT OUT [--keep_adapter] [--push_to_hub NAME]\n"),
         (["report", "-h"], 0, "usage: lisa-dist report OUTPUT_DIR [OUTPUT_DIR ...] [--serve [PORT]]\n\nwrite report"),
         (["info", "more"], 2, "usage: lisa-dist info\n\nwhat is installed here"),
     ],
