@@ -16,9 +16,9 @@ LEVELS = [
     {"data", "distributed", "optim"},
     {"zero"},
     {"core", "loss"},
-    {"checkpoint", "memory"},
+    {"checkpoint", "memory", "report"},
     {"train"},
-    {"convert", "eval", "integrations", "report", "run"},
+    {"convert", "eval", "integrations", "run"},
     {"commands"},
 ]
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
