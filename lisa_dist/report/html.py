@@ -4,9 +4,9 @@ The folder `report/` of a run has its plots as PNG. Its report is written at its
 `lisa-dist report DIR`.
 """
 
-import base64
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from lisa_dist.errors import UserError
 from lisa_dist.files import replacing
-from lisa_dist.report.plots import PLOTS, plot_of_runs, points_of, with_style
+from lisa_dist.report.plots import PLOTS, THEMES, plot_of_runs, points_of, with_style
 from lisa_dist.report.run_files import RunFiles, read_run
 from lisa_dist.text import format_bytes, format_count
 
@@ -110,7 +110,7 @@ def comparison_of(folders: Sequence[str | Path]) -> dict[str, Any]:
 def render(parts: dict[str, Any]) -> bytes:
     """A page of these parts. With `refresh` it is loaded again after so many seconds."""
     template = (resources.files("lisa_dist.report") / "report.html").read_text(encoding="utf-8")
-    page = Template(template, autoescape=True).render(parts)
+    page = Template(template, autoescape=True).render(parts | {"themes": THEMES})
     return page.encode("utf-8", errors="replace")  # halves of characters, which JSON can hold
 
 
@@ -138,16 +138,27 @@ def _plot_section(
     if folder is not None:
         with replacing(folder / f"{name}.png") as new:
             wide.savefig(new, dpi=_DPI, format="png")
-    section = {"name": name, "title": title, "caption": caption, "narrow": as_svg(narrow), "wide": as_svg(wide)}
+    section = {
+        "name": name,
+        "title": title,
+        "caption": caption,
+        "narrow": as_svg(narrow, f"n-{name}"),
+        "wide": as_svg(wide, f"w-{name}"),
+    }
     points = {"narrow": points_of(narrow, title), "wide": points_of(wide, title)} if has_tips else None
     return [section | {"points": points and json.dumps(points)}]
 
 
-def as_svg(figure: Figure) -> str:
-    """A figure as a data URL. Its text is drawn as shapes, so it needs no font."""
+def as_svg(figure: Figure, name: str) -> str:
+    """A figure to stand in a page, in the page's colors. Its text is drawn as shapes, so it needs no font.
+
+    `name` is what makes its ids other than those of the page's other figures.
+    """
     svg = io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)  # on the page's own ground
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue().encode()).decode()
+    figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True)
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style .*?</style>", "", svg.getvalue(), flags=re.DOTALL)
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", text[text.index("<svg") :])
+    return re.sub("#[0-9a-f]{6}(?![0-9a-f])", lambda found: f"var(--c{found[0][1:]}, {found[0]})", text)
 
 
 def title_of(run: RunFiles) -> str:

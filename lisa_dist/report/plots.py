@@ -15,11 +15,17 @@ from lisa_dist.report.run_files import RunFiles
 from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import MIB
 
-BLUE, ORANGE, GREY, PALE = "#2563eb", "#d9580d", "#6b7280", "#e8edf5"
+BLUE, ORANGE, GREY, PALE, _INK, _EDGE, _GRID = (
+    *("#2563eb", "#d9580d", "#6b7280", "#e8edf5", "#4b5563", "#9ca3af", "#e5e7eb"),
+)
 _COLORS = (BLUE, ORANGE, "#15803d", "#9333ea", "#b91c1c", "#0e7490")  # of several runs
+# Each in a page's light theme, and in its dark one.
+THEMES = dict(zip(_COLORS, ("#60a5fa", "#fb923c", "#4ade80", "#c084fc", "#f87171", "#22d3ee"), strict=True))
+THEMES |= {GREY: "#94a3b8", PALE: "#283548", _INK: "#cbd5e1", _EDGE: "#64748b", _GRID: "#334155"}
 # More bands or points cannot be told apart.
 _MOST_BANDS, _MOST_POINTS, _MOST_TIPS = 40, 2000, 400
-STYLE: Any = {"font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": "#374151", "axes.titlesize": 10}
+STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "lisa_dist", "axes.edgecolor": _EDGE}
+STYLE |= {"text.color": _INK, "axes.labelcolor": _INK}
 
 
 def plot_loss(run: RunFiles, figure: Figure) -> None:
@@ -51,10 +57,10 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
         [column - 0.5 for column in range(len(run.periods) + 1)],
         [row - 0.5 for row in range(len(names) + 1)],
         cells,
-        cmap=ListedColormap([PALE, BLUE]),
+        cmap=ListedColormap(["none", BLUE]),
         vmin=0,
         vmax=1,
-        edgecolors="white" if few else "none",
+        edgecolors=PALE if few else "none",
         linewidth=0.6 if few else 0.0,
         rasterized=not few,  # else the SVG has one shape per cell
     )
@@ -149,6 +155,10 @@ def plot_speed(run: RunFiles, figure: Figure) -> None:
 _LAYERS = "One row per decoder layer, the first at the bottom; one column per period."
 _MOVEMENT = "Distance of each block from its initial weights, relative to their norm (L2, on a sample of the weights)."
 _SPEED = "Tokens of all ranks, without padding; time of evaluation and saving is excluded."
+_MEMORY = (
+    "The tensors of rank 0 in one early step, part by part: planned and measured. The log has more: on a GPU what any "
+    "rank's tensors took at most, on CPUs the whole process."
+)
 # Name, title, caption, the plot, and whether a reader may point at its lines.
 PLOTS: tuple[tuple[str, str, str, Callable[[RunFiles, Figure], None], bool], ...] = (
     ("loss", "Loss", "Bands are periods: the active layers change at each edge.", plot_loss, True),
@@ -157,7 +167,7 @@ PLOTS: tuple[tuple[str, str, str, Callable[[RunFiles, Figure], None], bool], ...
     ("movement", "Weight movement", _MOVEMENT, plot_movement, False),
     ("learning_rate", "Learning rate", "Switches do not restart the schedule.", plot_learning_rate, True),
     ("gradient_norm", "Gradient norm", "Of what trains in the period, before clipping.", plot_gradient_norm, True),
-    ("memory", "Memory", "One early step of rank 0, part by part: planned and measured.", plot_memory, False),
+    ("memory", "Memory", _MEMORY, plot_memory, False),
     ("speed", "Speed", _SPEED, plot_speed, True),
 )
 
@@ -208,9 +218,9 @@ def new_axes(figure: Figure, x: str, y: str) -> Axes:
 def style_axes(axes: Axes) -> None:
     """Apply the common look of all plots."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="both", color="#e5e7eb", linewidth=0.8)
+    axes.grid(axis="both", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors="#4b5563")
+    axes.tick_params(colors=_INK)
 
 
 def _legend_above(axes: Axes) -> None:

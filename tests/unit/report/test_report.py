@@ -1,6 +1,5 @@
 """The report of a run: what is in it, and that a browser shows it."""
 
-import base64
 import html
 import json
 import os
@@ -23,7 +22,7 @@ from lisa_dist import cli
 from lisa_dist.commands.report import main
 from lisa_dist.errors import UserError
 from lisa_dist.report.html import as_svg, title_of, write_report
-from lisa_dist.report.plots import PLOTS, plot_visits, with_style
+from lisa_dist.report.plots import BLUE, ORANGE, PLOTS, THEMES, plot_visits, with_style
 from lisa_dist.report.run_files import RunFiles, read_run
 from lisa_dist.report.serve import server_of
 from lisa_dist.run_folder import STEPS_NAME, hide_secrets, without_secrets, write_run
@@ -35,11 +34,11 @@ WRAPPER = """<body style="margin:0"><iframe src="report.html" style="border:0;wi
 <pre id="found"></pre><script>
 document.querySelector("iframe").onload = event => {{
   const page = event.target.contentDocument;
-  const boxes = [...page.querySelectorAll("img")].map(image => {{
-    const box = image.getBoundingClientRect();
-    return [image.alt, box.x, box.y, box.width, box.height];
+  const boxes = [...page.querySelectorAll("figure")].map(figure => {{
+    const box = [...figure.querySelectorAll("svg")].find(svg => svg.clientWidth).getBoundingClientRect();
+    return [figure.ariaLabel, box.x, box.y, box.width, box.height];
   }});
-  const pointed = page.querySelector("picture[data-points]"), box = pointed.getBoundingClientRect();
+  const pointed = page.querySelector("figure[data-points]"), box = pointed.getBoundingClientRect();
   const at = {{clientX: box.x + box.width / 2, clientY: box.y + 10}};
   pointed.dispatchEvent(new page.defaultView.PointerEvent("pointermove", at));
   const tip = pointed.querySelector("output").textContent;
@@ -87,7 +86,7 @@ def test_a_link_in_the_place_of_a_plot_is_replaced(out, tmp_path):
 def test_the_report_has_all_of_the_run(folder):
     page = (folder / "report.html").read_text()
     assert re.findall(r'<section id="(\w+)">', page) == [*ALL, "data", "settings"]
-    assert not re.findall(r'(?:src|href|srcset)="(?!data:)', page), "it needs nothing but itself"
+    assert not re.findall(r'(?:src|href|srcset)="(?!data:|#)', page), "it needs nothing but itself"
     assert "{{" not in page
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -226,9 +225,13 @@ def test_charts_have_the_page_s_ground_and_legends_beside_bars():
     (axes,) = figure.axes
     figure.draw_without_rendering()
     assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1 - 1
-    svg = base64.b64decode(as_svg(figure).partition("base64,")[2]).decode()
-    assert "<svg" in svg
-    assert "fill: #ffffff" not in svg, "which a dark page would invert into a ground of its own"
+    svg = as_svg(figure, "visits")
+    assert svg.startswith("<svg")
+    assert "#ffffff" not in svg, "a ground of its own, on which a dark page has light text"
+    colors = set(re.findall(r"var\(--c[0-9a-f]{6}, (#[0-9a-f]{6})\)", svg))
+    assert {BLUE, ORANGE} < colors <= THEMES.keys()
+    assert not re.findall(r"[:(] ?#[0-9a-f]{6}", re.sub(r"var\(.*?\)", "", svg)), "every color is the page's"
+    assert set(re.findall(r'(?:id="|href="#|url\(#)(\w+)-', svg)) == {"visits"}
 
 
 def long_run() -> RunFiles:
@@ -248,7 +251,7 @@ def long_run() -> RunFiles:
 def test_a_long_run_of_a_large_model_can_be_drawn(name, narrow):
     plot = next(plot for one, _, _, plot, _ in PLOTS if one == name)
     figure = with_style(lambda figure: plot(long_run(), figure), narrow)
-    assert len(as_svg(figure)) < 1_000_000
+    assert len(as_svg(figure, name)) < 700_000
     figure.canvas.draw()
     axes = figure.axes[0]
     assert all(len(line.get_xdata()) <= 2000 for line in axes.lines)
@@ -276,10 +279,10 @@ def test_the_norm_of_a_step_that_was_left_out_is_no_damage(out):
 def test_a_reader_may_point_at_lines(folder):
     """The page's script has the points of the log, and where the axes are."""
     page = (folder / "report.html").read_text()
-    found = re.findall(r'<picture data-points="(.*?)">.*?<img alt="(.*?)"', page, re.S)
-    assert [title for _, title in found] == ["Loss", "Learning rate", "Gradient norm", "Speed"]
+    found = re.findall(r'aria-label="([\w ]*)" data-points="(.*?)">', page)
+    assert [title for title, _ in found] == ["Loss", "Learning rate", "Gradient norm", "Speed"]
     history = [entry for entry in read_run(folder).log if "loss" in entry]
-    for data, title in found:
+    for title, data in found:
         sizes = json.loads(html.unescape(data))
         assert sizes.keys() == {"narrow", "wide"}
         for chart in sizes.values():
