@@ -137,11 +137,13 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.forward(ctx, gradients[0].contiguous(), ctx.group), None
 
 
-def _attend(own: Callable[..., Any], module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-    """In the place of an implementation of attention, for all models of the process."""
+def _attend(
+    own: Callable[..., Any], module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """In the place of an implementation of attention, for all models of the process; arguments have its names."""
     shared = _attention_of.get(module)
     if shared is None or not shared.is_on(module):
-        return own(module, query, key, value, mask, **kwargs)
+        return own(module, query, key, value, attention_mask, **kwargs)
     return shared.attention(own, module, query, key, value, **kwargs)
 
 
