@@ -118,9 +118,7 @@ def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
         if not left:  # TRL leaves out what is too long, of some tasks
             raise UserError(f"--max_length {config.training.max_length}: every one of {total} rows is longer.")
         trainer.accelerator.print(f"{total - left} of {total} rows are too long, and left out")
-    trainer.create_model_card = partial(
-        write_card, str(config.training.output_dir)
-    )  # TRL's does not say how it trained
+    trainer.write_card = partial(write_card, str(config.training.output_dir))
     if config.run.method != "lisa" and config.training.torch_compile:
         trainer.add_callback(CompiledLayers(trainer, config.lisa.lisa_layers_attribute))
     if config.training.bf16 and config.training.use_cpu and not cpu_multiplies_bf16():

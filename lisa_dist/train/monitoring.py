@@ -76,10 +76,16 @@ class MonitoredMixin(SequenceParallelMixin):
         if self.pop_callback(ProgressCallback) is not None or self.pop_callback(PrinterCallback) is not None:
             self.add_callback(self._progress)
 
+    write_card: Callable[..., object] | None = None  # of a run of lisa-dist: its model card, for the hub
+
     @property
     def stopped_by(self) -> str | None:
         """The signal that ended training early, if one did."""
         return None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's or, of a run, one that says how it trained."""
+        (self.write_card or super().create_model_card)(*args, **kwargs)
 
     def _print(self, text: str | None) -> None:
         if text is not None and self.args.should_log:

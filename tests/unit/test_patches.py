@@ -32,6 +32,7 @@ ALLOWED = {
         "module._forward_hooks[handle]",
     ): "transformers removes the last of two such hooks alone",
     ("core/period_log.py", "vars(record).update(measure())"): "a record of ours",
+    ("run/trainer.py", "trainer.write_card"): "an attribute of ours",
     ("run/inputs.py", "vars(processor)['tokenizer']"): "its tokenizer, a public attribute",
     ("train/deepspeed_arguments.py", "vars(args).pop('_setup_devices', None)"): "a value that is computed again",
     ("train/monitoring.py", "vars(new).update(vars(self))"): "a copy of arguments",
