@@ -5,7 +5,9 @@ blocks, other models inside are outside, and the blocks are as large as those of
 """
 
 import collections
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +131,8 @@ def test_a_step_and_a_switch_are_those_of_plain_adamw():
     (found,) = run_ranks(on_a_rank, 1, SLICE)
     assert {outcome for _, _, outcome in found} == {"equal"}, found
     assert len(found) >= len(SLICE)
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert all(re.search(rf"^\| `{name}` \|.*\| yes \| yes", page, re.MULTILINE) for name in SLICE), "docs/models.md"
 
 
 @pytest.mark.full

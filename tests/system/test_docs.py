@@ -168,6 +168,8 @@ def test_every_command_of(page, folder, monkeypatch, capsys):
             run_flags(words[words.index(script) + 1 :], folder)
         elif script.startswith("examples/"):
             assert Path(script).name in examples, f"{command}: no test runs it"
+        elif script.startswith("tests/"):  # the campaign: an hour, of which test_architectures.py runs a part
+            assert f'"{words[2]}"' in (ROOT / script).read_text(), command
         elif words[0] == "python" and words[2].startswith("benchmarks."):  # each takes minutes
             script = ROOT / f"{words[2].replace('.', '/')}.py"
             common = [ROOT / "benchmarks" / "common" / name for name in ("results.py", "runs.py")]
