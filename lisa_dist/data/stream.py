@@ -108,9 +108,9 @@ class _Reading:
         place["ended"] = True
         return None
 
-    def begin_again(self) -> None:
-        """Open the next pass. Raises UserError where this one had nothing for the part."""
-        if not self.place_in_pass["used"]:
+    def begin_again(self, may_be_empty: bool) -> None:
+        """Open the next pass. Raises UserError where this one had nothing for the part and `may_be_empty` is false."""
+        if not may_be_empty and not self.place_in_pass["used"]:
             raise UserError(
                 f"{self._opened.source.label}: has no row for part {self._part[0] + 1} of {self._part[1]}; each loader "
                 "worker of each rank reads one: leave out --streaming, or --dataloader_num_workers."
@@ -164,9 +164,8 @@ class Stream:
         for opened in self._opened:
             taken = islice(opened.entries(self.seed, 0), number)
             entries = [opened.entry(row, count) for count, row in enumerate(taken, 1)]
-            if (
-                problems := [f"{one[ORIGIN]} {one[PROBLEM]}" for one in entries if one[PROBLEM]]
-            ) and not self._skip_invalid:
+            problems = [f"{one[ORIGIN]} {one[PROBLEM]}" for one in entries if one[PROBLEM]]
+            if problems and not self._skip_invalid:
                 refuse_examples(problems, len(entries), opened.source.label)
             if len(problems) == len(entries):
                 raise UserError(f"{opened.source.label}: none of its first {len(entries)} examples can be used.")
@@ -180,17 +179,26 @@ class Stream:
             _Reading(opened, self, part, parts, there)
             for opened, there in zip(self._opened, at["sources"], strict=True)
         ]
+        passes_before: list[int] = []  # those at the last example
         for block in range(at["block"], 2**63):
             begins = [reading.place for reading in readings]
             generator = random.Random(f"{self.seed} {part} of {parts} {block}")
             rows = self._read_block(readings, generator)
-            of_block = {"block": block, "sources": begins, "passes": [one.place_in_pass["pass"] for one in readings]}
+            of_block: Place = {
+                "block": block,
+                "sources": begins,
+                "passes": [one.place_in_pass["pass"] for one in readings],
+            }
+            passes_before = passes_before or of_block["passes"]
+            if min(of_block["passes"]) > min(passes_before) + 1:
+                raise UserError("--dataset_name: no row of a whole pass has a token to train on; raise --max_length.")
             generator.shuffle(rows)
             row, done = at["row"], at["example"]
             while row < len(rows):
                 group, after = self._encode_group(rows, row)
                 random.Random(f"{self.seed} {block} {row}").shuffle(group)
                 for number, example in enumerate(group[done:], done + 1):
+                    passes_before = of_block["passes"]
                     yield example, of_block | {"row": row, "example": number}
                 row, done = after, 0
             at = {"row": 0, "example": 0}
@@ -202,9 +210,9 @@ class Stream:
             if rows and all(reading.ended for reading in readings):  # a pass ends with its block
                 break
             if self._weights or all(reading.ended for reading in readings):
-                for reading in readings:
-                    if reading.ended:
-                        reading.begin_again()
+                others_have = not self._weights and any(reading.place_in_pass["used"] for reading in readings)
+                for reading in [one for one in readings if one.ended]:
+                    reading.begin_again(may_be_empty=others_have)
             going = [reading for reading in readings if not reading.ended]
             chosen = generator.choices(going, self._weights)[0] if len(going) > 1 else going[0]
             if (entry := chosen.take()) is not None:
@@ -244,6 +252,7 @@ class Stream:
 
 
 def digest(entry: dict[str, Any]) -> str:
+    """Of what an example says, by which rows of one content are known."""
     return hashlib.sha256(json.dumps([entry["turns"], entry["tools"]]).encode()).hexdigest()[:32]
 
 
@@ -301,11 +310,13 @@ class StreamLoader:
             if batch is None:
                 raise UserError(place)
             self._places[self._turn % self._workers], self._turn = place, self._turn + 1
-            passes = min(min(one["passes"]) if one else 0 for one in self._places)
-            if passes > self.passes:
-                self._say(f"the stream has ended {passes} times, and began again")
+            if (passes := self._passes_ended()) > self.passes:
+                self._say(f"the stream has ended, and begins again: pass {passes + 1}")
             self.passes = passes
             yield batch
+
+    def _passes_ended(self) -> int:
+        return min(min(place["passes"]) if place else 0 for place in self._places)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been taken, of values that JSON has."""
@@ -323,3 +334,4 @@ class StreamLoader:
                 "--ignore_data_skip true to begin the data anew."
             )
         self._turn, self._places = state["turn"], state["places"]
+        self.passes = self._passes_ended()

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi, metadata_save
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from lisa_dist.distributed.collectives import raise_shared
+from lisa_dist.distributed.collectives import sharing_errors
 from lisa_dist.errors import UserError
 from lisa_dist.report.html import figures_of
 from lisa_dist.report.run_files import read_run
@@ -108,14 +108,10 @@ def meet_hub(args: Any) -> None:
 
     Raises UserError for what the hub refuses, or where it cannot be reached.
     """
-    problem, name = None, args.hub_model_id or Path(args.output_dir).absolute().name
-    if args.process_index == 0:
-        try:
-            with naming_the_hub(f"--push_to_hub to {name}", ", or leave the flag out"):
-                HfApi().create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True)
-        except UserError as error:
-            problem = str(error)
-    raise_shared(problem)
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    with sharing_errors(), naming_the_hub(f"--push_to_hub to {name}", ", or leave the flag out"):
+        if args.process_index == 0:
+            HfApi().create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True)
 
 
 def upload(folder: Path, name: str) -> None:

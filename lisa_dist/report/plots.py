@@ -15,9 +15,8 @@ from lisa_dist.report.run_files import RunFiles
 from lisa_dist.run_folder import MEMORY_PARTS
 from lisa_dist.text import MIB
 
-BLUE, ORANGE, GREY, PALE, _INK, _EDGE, _GRID = (
-    *("#2563eb", "#d9580d", "#6b7280", "#e8edf5", "#4b5563", "#9ca3af", "#e5e7eb"),
-)
+BLUE, ORANGE, GREY, PALE = "#2563eb", "#d9580d", "#6b7280", "#e8edf5"
+_INK, _EDGE, _GRID = "#4b5563", "#9ca3af", "#e5e7eb"
 _COLORS = (BLUE, ORANGE, "#15803d", "#9333ea", "#b91c1c", "#0e7490")  # of several runs
 # Each in a page's light theme, and in its dark one.
 THEMES = dict(zip(_COLORS, ("#60a5fa", "#fb923c", "#4ade80", "#c084fc", "#f87171", "#22d3ee"), strict=True))

@@ -102,6 +102,8 @@ def load_examples(config: RunConfig, processing: Processing, processor: str = ""
                     num_proc=training.dataset_num_proc,
                     packing=training.packing_strategy if training.packing else None,
                 )
+                if config.data.streaming and training.data_seed is not None:
+                    data.train.seed = training.data_seed
             else:
                 data = load_task_data(config.data, config.run.task, training.seed)
                 check_template(tokenizer, data.train)

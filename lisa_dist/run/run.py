@@ -8,7 +8,7 @@ from torch import distributed as dist
 from transformers import IntervalStrategy
 
 from lisa_dist.data.dataset import Data, describe_examples
-from lisa_dist.distributed.collectives import together
+from lisa_dist.distributed.collectives import sharing_errors, together
 from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.errors import UserError
@@ -98,8 +98,9 @@ def _finish(trainer: Any, output_dir: Path) -> Path | None:
         trainer.accelerator.print(describe_outcome(trainer.state.log_history))
         trainer.accelerator.print(f"saved {output_dir}; load it with from_pretrained")
         if trainer.args.push_to_hub:
-            name = trainer.hub_model_id
-            with naming_the_hub(f"--push_to_hub to {name}", f"; the model is saved: `hf upload {name} {output_dir}`"):
+            name = trainer.hub_model_id  # of rank 0, which uploads once all have saved
+            then = f"; the model is saved: `hf upload {name} {output_dir}`"
+            with sharing_errors(), naming_the_hub(f"--push_to_hub to {name}", then):
                 trainer.push_to_hub()
     # Ranks that simply exit tear down gloo under each other's feet.
     dist.barrier()

@@ -1,7 +1,7 @@
 """TRL's SFTTrainer, trained by LISA or, for comparison, with the same parameters in every step."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from accelerate.utils import send_to_device
 from deepspeed import DeepSpeedEngine
@@ -47,14 +47,8 @@ class PackingCheck(TrainerCallback):
             )
 
 
-if TYPE_CHECKING:
-    _Trainer: TypeAlias = Any
-else:
-    _Trainer = object
-
-
-class _StreamMixin(_Trainer):
-    """Put right before SFTTrainer: of a `stream` each rank reads rows of its own, and a resume reads on."""
+class _StreamTrainer(SFTTrainer):
+    """SFTTrainer of a `stream`, of which each rank reads rows of its own; a resume reads on where they were."""
 
     def __init__(self, *args: Any, stream: Stream | None = None, **kwargs: Any):
         self._stream = stream
@@ -66,14 +60,14 @@ class _StreamMixin(_Trainer):
             return dataset
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
-    def _get_dataloader(self, *args: Any, batch_size: int, is_training: bool = False, **kwargs: Any) -> Any:
-        if self._stream is None or not is_training:
-            return super()._get_dataloader(*args, batch_size=batch_size, is_training=is_training, **kwargs)
-        ranks, collate, sharing = self.args.world_size, self.data_collator, self._rows_shared_by
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        if self._stream is None or not kwargs.get("is_training"):
+            return super()._get_dataloader(*args, **kwargs)
+        ranks, sharing = self.args.world_size, getattr(self, "_rows_shared_by", 1)  # ranks that share each row
+        batches = self._stream, self.args.process_index // sharing, ranks // sharing, kwargs["batch_size"]
         names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context")
         loading = {name: getattr(self.args, f"dataloader_{name}") for name in names}
-        part = self.args.process_index // sharing, ranks // sharing
-        self._stream_loader = StreamLoader(self._stream, *part, batch_size, collate, self.accelerator.print, **loading)
+        self._stream_loader = StreamLoader(*batches, self.data_collator, self.accelerator.print, **loading)
         return self._stream_loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -132,7 +126,7 @@ class _SFTMixin(MonitoredMixin):
         super().log(*args, **kwargs)
 
 
-class LisaTrainer(_SFTMixin, LisaMixin, _StreamMixin, SFTTrainer):
+class LisaTrainer(_SFTMixin, LisaMixin, _StreamTrainer):
     """TRL's SFTTrainer, trained by LISA: its formats, chat templates, packing and losses.
 
     `loss` is how the loss is computed: "chunked" as TRL does, "logits" with logits of the positions with a label that
@@ -142,7 +136,7 @@ class LisaTrainer(_SFTMixin, LisaMixin, _StreamMixin, SFTTrainer):
     """
 
 
-class BaselineTrainer(_SFTMixin, _StreamMixin, SFTTrainer):
+class BaselineTrainer(_SFTMixin, _StreamTrainer):
     """TRL's SFTTrainer with the same parameters in every step, all or adapters; it logs what a LISA run logs.
 
     Raises ValueError as `LisaTrainer` does.

@@ -107,9 +107,7 @@ def shrink(config: PretrainedConfig) -> list[str]:
         small: Any = None
         if isinstance(value, int) and (size := size_of(name)) is not None:
             small = min(value, size)
-        elif value is None and re.fullmatch(
-            r"n_(routed|shared)_experts|num_experts_per_tok|(topk|n)_group|head_dim", name
-        ):
+        elif value is None and re.fullmatch(GIVEN, name):
             small = size_of(name)
         elif isinstance(value, list) and len(value) in depths and len(value) > LAYERS:
             small = spread(value)

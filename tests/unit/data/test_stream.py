@@ -62,6 +62,19 @@ def test_each_row_is_read_once_in_a_pass(tokenizer, tmp_path, parts, num_files, 
     assert all(one != sorted(one) for one in passes[0] if len(one) > 6)
 
 
+def test_rows_are_shuffled_in_their_block_and_files_in_each_pass(tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(stream_module, "BLOCK_ROWS", 100)
+    stream = load(tokenizer, folder_of(tmp_path, 6, count=60)).train
+    one_file = load(tokenizer, test_sources.write(tmp_path / "one.jsonl", rows_of(range(60)))).train
+    first = questions(tokenizer, take(one_file.examples(), 12))
+    assert max(first) - min(first) > 40, "of all of the block, and not of its first rows"
+    monkeypatch.setattr(stream_module, "BLOCK_ROWS", 10)
+    orders = [[], []]
+    for example, place in take_pass(stream, 0, 1, 2):
+        orders[place["passes"][0]] += [number % 6 for number in questions(tokenizer, [example])]
+    assert list(dict.fromkeys(orders[0])) != list(dict.fromkeys(orders[1]))
+
+
 def take_pass(stream, part: int, parts: int, number: int):
     """What a part has before its pass `number`."""
     for example, place in stream.examples(part, parts):
@@ -142,6 +155,15 @@ def test_a_loader_goes_on_with_its_workers_in_turn(tokenizer, tmp_path, workers)
     resumed = loader()
     resumed.load_state_dict(json.loads(json.dumps(cut.state_dict())))
     assert list(itertools.islice(resumed, 7)) == whole[5:]
+    said = []
+    goes_round = StreamLoader(stream, 0, 1, 8, list, said.append, num_workers=workers)
+    list(itertools.islice(goes_round, 12))
+    assert said[0] == "the stream has ended, and begins again: pass 2"
+    again = StreamLoader(stream, 0, 1, 8, list, said.append, num_workers=workers)
+    again.load_state_dict(goes_round.state_dict())
+    del said[:]
+    next(iter(again))
+    assert len(said) == again.passes - goes_round.passes, "a resume does not say it again"
     other = StreamLoader(stream, 0, 4, 3, list, num_workers=workers)
     with pytest.raises(UserError, match="its run streamed by other ranks, rows a batch; give what it had, or --ignore"):
         other.load_state_dict(cut.state_dict())
@@ -177,6 +199,17 @@ def test_a_stream_that_ends_early_says_so(tokenizer, tmp_path):  # noqa: F811
     stream = load(tokenizer, folder_of(tmp_path, 1, count=3)).train
     with pytest.raises(UserError, match="has no row for part 4 of 4; each loader worker of each rank reads one"):
         take(stream.examples(3, 4), 1)
+    more = test_sources.write(tmp_path / "more.jsonl", rows_of(range(50, 60)))
+    mixed = load(tokenizer, [str(tmp_path / "rows"), more]).train
+    seen = questions(tokenizer, take(mixed.examples(3, 4), 6))
+    assert set(seen) == {53, 57}, "of the smaller source another part has all"
+    with pytest.raises(UserError, match="has no row for part 4 of 4"):
+        take(load(tokenizer, [str(tmp_path / "rows"), more], dataset_weights=[1, 1]).train.examples(3, 4), 20)
+    long = tmp_path / "long.jsonl"
+    test_sources.write(long, [rows_of([1])[0], {"question": "q" * 50, "answer": "a"}])
+    drops = load(tokenizer, str(long), long_examples="drop").train
+    with pytest.raises(UserError, match="no row of a whole pass has a token to train on; raise --max_length"):
+        take(drops.examples(1, 2), 1)
     path = tmp_path / "cut.jsonl.gz"
     test_sources.write(path, rows_of(range(5000)))
     path.write_bytes(path.read_bytes()[:-2000])

@@ -22,7 +22,7 @@ from lisa_dist import cli
 from lisa_dist.commands.report import main
 from lisa_dist.errors import UserError
 from lisa_dist.report.html import as_svg, title_of, write_report
-from lisa_dist.report.plots import BLUE, ORANGE, PLOTS, THEMES, plot_visits, with_style
+from lisa_dist.report.plots import BLUE, ORANGE, PLOTS, THEMES, plot_of_runs, plot_visits, with_style
 from lisa_dist.report.run_files import RunFiles, read_run
 from lisa_dist.report.serve import server_of
 from lisa_dist.run_folder import STEPS_NAME, hide_secrets, without_secrets, write_run
@@ -232,6 +232,14 @@ def test_charts_have_the_page_s_ground_and_legends_beside_bars():
     assert {BLUE, ORANGE} < colors <= THEMES.keys()
     assert not re.findall(r"[:(] ?#[0-9a-f]{6}", re.sub(r"var\(.*?\)", "", svg)), "every color is the page's"
     assert set(re.findall(r'(?:id="|href="#|url\(#)(\w+)-', svg)) == {"visits"}
+
+
+def test_the_name_of_a_run_is_no_markup():
+    name = "--><script>alert(1)</script>"
+    run = RunFiles(Path(), {}, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    svg = as_svg(with_style(lambda figure: plot_of_runs({name: run}, "loss", False, figure)), "loss")
+    assert "script" not in svg
+    assert "legend" in svg
 
 
 def long_run() -> RunFiles:
