@@ -70,11 +70,9 @@ class Alone:
         return self.process.exitcode
 
 
-def run_alone(
-    flags: list[str], output: Path, script: Path = TRAIN, report: bool = False, **variables: str
-) -> tuple[int, str]:
+def run_alone(flags: list[str], output: Path, script: Path = TRAIN, report: bool = False) -> tuple[int, str]:
     """The exit code of a run of one rank, and what it said."""
-    run = Alone(flags, output, script, report, **variables)
+    run = Alone(flags, output, script, report)
     return run.wait(), run.said
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from hub_stand_in import Hub
 from huggingface_hub import constants
-from runs import TRAIN, flags_for, run_alone
+from runs import TRAIN, flags_for, on_two_ranks, run_alone
 from safetensors.torch import load
 
 from lisa_dist.commands import export
@@ -34,20 +34,20 @@ def trained(folder, tmp_path_factory):
     return out
 
 
-def on_hub(flags: list[str], hub: Hub, at, token: str = Hub.token) -> tuple[int, str]:
-    """A run whose hub is this one: what it takes from the environment it has imported before."""
-    script = at.with_name("on_hub.py")
+def on_hub(hub: Hub, folder, token: str = Hub.token):
+    """A script of a run whose hub is this one: what it takes from the environment it has imported before."""
+    script = folder / "on_hub.py"
     script.write_text(
-        "import runpy\nfrom huggingface_hub import constants, hf_api\n"
+        "import os, runpy\nfrom huggingface_hub import constants, hf_api\n"
         f"constants.ENDPOINT = hf_api.api.endpoint = {hub.url!r}\nconstants.HF_HUB_OFFLINE = False\n"
-        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+        f"os.environ['HF_TOKEN'] = {token!r}\nrunpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
     )
-    return run_alone(flags, at, script, HF_TOKEN=token)
+    return script
 
 
 def test_a_run_is_pushed_with_its_card(folder, tmp_path, hub):
     flags = flags_for(folder, tmp_path / "out", push_to_hub=True, hub_model_id="me/model", hub_private_repo=True)
-    status, said = on_hub(flags, hub, tmp_path / "said.txt")
+    status, said = run_alone(flags, tmp_path / "said.txt", on_hub(hub, tmp_path))
     assert status == 0, said
     assert hub.private == {"me/model": True}
     assert (
@@ -91,18 +91,17 @@ def test_a_run_is_pushed_with_its_card(folder, tmp_path, hub):
 def test_what_the_hub_refuses_is_known_before_a_model_is_loaded(folder, tmp_path, hub, refuses, token, says):
     hub.refuses = refuses
     flags = flags_for(folder, tmp_path / "out", push_to_hub=True, hub_model_id="me/model")
-    status, said = on_hub(flags, hub, tmp_path / "said.txt", token)
+    status, said = run_alone(flags, tmp_path / "said.txt", on_hub(hub, tmp_path, token))
     assert status == 2
     assert says in said
     assert "Loading weights" not in said
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_a_push_that_fails_leaves_the_model(folder, tmp_path, hub):
+def test_a_push_that_fails_ends_all_ranks_and_leaves_the_model(folder, tmp_path, hub):
     hub.refuses = {"commit": 413}
     flags = flags_for(folder, tmp_path / "out", push_to_hub=True, hub_model_id="me/model")
-    status, said = on_hub(flags, hub, tmp_path / "said.txt")
-    assert status == 2
+    said = on_two_ranks(flags, tmp_path, on_hub(hub, tmp_path), status=2)
     assert f"{TOO_LARGE}; the model is saved: `hf upload me/model {tmp_path}/out`." in said
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert (tmp_path / "out" / "trainer_state.json").exists()
