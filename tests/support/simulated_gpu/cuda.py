@@ -19,6 +19,7 @@ import collections
 import contextlib
 import functools
 import os
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,7 @@ def install() -> None:
     nccl.install()
     _hand_on_devices()
     _pin_batches()
+    _be_found_by_accelerate()
     _see_what_is_saved()
     Operators().__enter__()
     Devices().__enter__()
@@ -185,6 +187,13 @@ def _pin_batches() -> None:
         self._pin_memory = loader.pin_memory
 
     iterator.__init__ = begin
+
+
+def _be_found_by_accelerate() -> None:
+    """From 1.16 on it asks torch.accelerator too."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("accelerate.") and hasattr(module, "get_torch_accelerator_backend"):
+            module.get_torch_accelerator_backend = lambda *_, **__: ("cuda", torch.cuda)  # type: ignore[attr-defined]
 
 
 def _see_what_is_saved() -> None:
