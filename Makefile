@@ -7,7 +7,7 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE
 # glibc is to keep the memory of large tensors: given back and taken anew in every step, each page of it is a fault.
 CPU += MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants size docs flags wheel checks bench bench-gpu clean
+.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants size docs flags wheel release checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lisa_dist needs Python 3.11 or newer")'
@@ -118,10 +118,13 @@ wheel:  ## the package, into dist/, without its dependencies
 	rm -rf build dist
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
+release: $(VENV)/.quickstart  ## build the version of CHANGELOG.md, check it as users install it, and tag it: ten minutes
+	$(BIN)/python .ci/release.py
+
 checks: $(VENV)/.ready  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .oldest .plugins .quickstart build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .oldest .plugins .quickstart .release build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
