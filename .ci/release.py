@@ -5,6 +5,7 @@ needs of tools is in .release/tools, and the environment without a checkout in .
 machine. It needs a commit without changes beside it, whose changelog has the version of lisa_dist/__init__.py.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DIST, FOLDER = ROOT / "dist", ROOT / ".release"
 TOOLS = ["build>=1.2,<2", "twine>=6,<8", "check-wheel-contents>=0.6,<0.7"]
+NOTEBOOK = ["nbclient>=0.10,<1", "ipykernel>=6,<8"]  # to run it cell by cell
 QUICKSTART = ROOT / ".quickstart"
 STEPS = "6"
 
@@ -29,7 +31,7 @@ def version() -> str:
 
 def notes_of(number: str, changelog: str) -> str:
     """The section of a version, without its heading."""
-    found = re.search(rf"^## \[{re.escape(number)}\].*\n(.*?)(?=^## \[|\Z)", changelog, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^## \[{re.escape(number)}\][^\n]*\n(.*?)(?=^## \[|\Z)", changelog, re.MULTILINE | re.DOTALL)
     if found is None or not found[1].strip():
         sys.exit(f"CHANGELOG.md has no section [{number}]: give what is in [Unreleased] that name and a date.")
     return found[1].strip() + "\n"
@@ -55,18 +57,27 @@ def environment(name: str, *packages: object) -> Path:
     return folder / "bin"
 
 
-def train_with(programs: Path) -> None:
-    """Some steps of the quickstart's recipe, as the wheel has it, in a folder that is no checkout."""
+def use(programs: Path) -> None:
+    """Some steps of the quickstart's recipe, as the wheel has it, and the notebook, in a folder that is no checkout."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     clean |= {"PATH": f"{programs}:{clean['PATH']}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / ".quickstart").mkdir()
-        for name in ("model", "pairs.jsonl"):
-            (Path(folder) / ".quickstart" / name).symlink_to(QUICKSTART / name)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / ".quickstart").mkdir()
+        for given in ("model", "pairs.jsonl"):
+            (folder / ".quickstart" / given).symlink_to(QUICKSTART / given)
         run(programs / "lisa-dist", "recipes", "copy", "quickstart", "quickstart.yaml", cwd=folder, env=clean)
         flags = ["--config", "quickstart.yaml", "--gpus", "2", "--max_steps", STEPS]
         run(programs / "lisa-dist", "train", *flags, cwd=folder, env=clean)
-        assert (Path(folder) / ".quickstart" / "trained" / "model.safetensors").exists()
+        assert (folder / ".quickstart" / "trained" / "model.safetensors").exists()
+        notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text(encoding="utf-8"))
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        cells[0]["source"] = [f'MODEL = "{QUICKSTART / "model"}"']
+        (folder / "notebook.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+        run(programs / "jupyter-execute", "--inplace", "notebook.ipynb", cwd=folder, env=clean)
+        ran = json.loads((folder / "notebook.ipynb").read_text(encoding="utf-8"))
+        for output in (one for cell in ran["cells"] for one in cell.get("outputs", ())):
+            print(*output.get("text", [f"({', '.join(output.get('data', ()))})"]), sep="")
 
 
 def main() -> None:
@@ -85,7 +96,7 @@ def main() -> None:
     (wheel,), (source,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
     run(tools / "twine", "check", "--strict", wheel, source)
     run(tools / "check-wheel-contents", wheel)
-    train_with(environment("installed", wheel))
+    use(environment("installed", wheel, *NOTEBOOK))
     (DIST / "NOTES.md").write_text(notes, encoding="utf-8")
     run("git", "tag", "--annotate", f"v{number}", "--file", DIST / "NOTES.md", "--cleanup", "verbatim", cwd=ROOT)
     print(f"v{number} is tagged. To publish: git push origin v{number}; {tools}/twine upload {DIST}/lisa_dist-*")

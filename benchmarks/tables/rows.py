@@ -100,9 +100,9 @@ def memory(of: None, figures: dict) -> Iterator[Row]:
 
 
 def steps(of: str, figures: dict) -> Iterator[Row]:
-    """The sections of speed.py that have the method `of`."""
+    """The sections of speed.py that have the method `of`, without those of ZeRO-1, which are much like ZeRO-2's."""
     for title, methods in figures.items():
-        for name, one in methods.items() if of in methods else ():
+        for name, one in methods.items() if of in methods and not title.startswith("zero1") else ():
             phases = ("step", "forward", "backward", "optimizer")
             seconds = [statistics.median(step[phase] for step in one["steps"]) for phase in phases]
             shares = ratios(one, methods["full"]), one["flops"] / methods["full"]["flops"]

@@ -27,7 +27,8 @@ from lisa_dist.run.task_configs import CONFIGS
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PAGES += ["benchmarks/REPORT.md", "benchmarks/cost/GPU.md", "SECURITY.md"]
 PAGES += ["examples/README.md", "examples/continued_pretraining/README.md"]
-PROGRAMS = ("make", "pip", "python", "deepspeed", "torchrun", "lisa-dist", "tensorboard")
+SERVING = ("transformers", "vllm", "ollama")  # programs of others, and their scripts: test_serving.py, test_mt_bench.py
+PROGRAMS = ("make", "pip", "python", "deepspeed", "torchrun", "lisa-dist", "tensorboard", *SERVING)
 COMMAND = re.compile(rf"^(?:{'|'.join(PROGRAMS)})\s")
 # Every run takes so few steps, of a model that is small enough for CPUs.
 SMALL = {"max_steps": "2", "max_length": "64", "per_device_train_batch_size": "2", "gradient_accumulation_steps": "1"}
@@ -166,6 +167,11 @@ def test_every_command_of(page, folder, monkeypatch, capsys):
             run_cli(words[1:], monkeypatch)
         elif script == "launch/train.py":
             run_flags(words[words.index(script) + 1 :], folder)
+        elif words[0] in SERVING:
+            assert words[1:] in (["serve", "runs/1", "--port", "8000"], ["create", "mine", "-f", "Modelfile"]), command
+        elif script.startswith("llama.cpp/"):
+            program = (ROOT / "tests" / "plugins" / "test_serving.py").read_text()
+            assert all(f'"{word}"' in program or f"/{word}" in program for word in (script, *words[3::2])), command
         elif script.startswith("examples/"):
             assert Path(script).name in examples, f"{command}: no test runs it"
         elif script.startswith("tests/"):  # the campaign: an hour, of which test_architectures.py runs a part
