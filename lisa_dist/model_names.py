@@ -38,8 +38,9 @@ HUB_IDS = {
     "qwen3-32b": "Qwen/Qwen3-32B",
     "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
     "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
 }
-_TUNED_FAMILIES = ("qwen3-", "gpt-oss-", "glm-4", "phi-4")  # whose plain name is the tuned model's
+_TUNED_FAMILIES = ("qwen3-", "gpt-oss-", "glm-4", "phi-4", "smollm3-")  # whose plain name is the tuned model's
 _TUNED = ("-instruct", "-chat", "-it", "-chat-hf", "-hf")  # ends of names of the same sizes
 
 

@@ -15,7 +15,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -117,11 +117,12 @@ class DataArguments:
 
 @dataclass
 class Data:
-    """Examples with the columns input_ids and labels, or rows for TRL, and lines for the header of the run."""
+    """Examples with the columns input_ids and labels, or rows for TRL, lines for a run's header and its report."""
 
     train: Any  # a Dataset or, by --streaming, a Stream
     held_out: Dataset | None
     lines: list[str]
+    more: list[str] = field(default_factory=list)  # of the report alone
 
 
 def load_data(
@@ -156,7 +157,9 @@ def load_data(
         return _format_example(encoder, example)
 
     if not arguments.streaming:
-        return put_together(arguments, seed, load, describe)
+        data = put_together(arguments, seed, load, describe)
+        data.more = _more_of(encoder, data.train)
+        return data
     stream, lines = _open_stream(arguments, encoder, seed, max_length, packing)
     heads = stream.head(BLOCK_ROWS if arguments.eval_rows else HEAD_ROWS)
     train_sources, held_out_sources = arguments.sources()
@@ -287,11 +290,20 @@ def describe_examples(examples: Dataset | Stream) -> str:
     return f"{len(examples)} examples with checksum {checksum:08x}"
 
 
-def _format_example(encoder: Encoder, example: dict[str, Any]) -> str:
-    """The first example as text; lines with labels begin with >."""
+def _more_of(encoder: Encoder, examples: Dataset) -> list[str]:
+    """Lengths, and two more examples, of a thousand at most from the first to the last."""
+    some = examples.select(range(0, len(examples), 1 + len(examples) // 1000))
+    lengths = sorted(map(len, some["input_ids"]))
+    half = lengths[(len(lengths) - 1) // 2]
+    others = [_format_example(encoder, some[at], "another") for at in sorted({len(some) // 2, len(some) - 1} - {0})]
+    return [f"tokens of an example: {lengths[0]} to {lengths[-1]}, half of them at most {half}", *others]
+
+
+def _format_example(encoder: Encoder, example: dict[str, Any], which: str = "first") -> str:
+    """An example as text; lines with labels begin with >."""
     ids, labels = example["input_ids"], example["labels"]
     num_labels = sum(label >= 0 for label in labels)
-    lines = [f"first example: {len(ids)} tokens, {num_labels} of them with loss (lines with >)"]
+    lines = [f"{which} example: {len(ids)} tokens, {num_labels} of them with loss (lines with >)"]
     left, has_shown_labels = _NUM_SHOWN, False
     for text, has_labels in encoder.describe(ids, labels):
         if left < 0 and has_shown_labels:

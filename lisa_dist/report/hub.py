@@ -1,6 +1,7 @@
 """The hub: a model card that says how a run trained, and uploads whose errors say what to do."""
 
 import contextlib
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ def write_card(run_folder: str | Path, to: str | Path | None = None, name: str |
         **figures_of(run),
     }
     rows = [f"| {name} | {value} |" for name, value in how.items() if str(value).strip()]
-    data = [line for line in record.get("rows", []) if not line.startswith("first example")]
+    data = [line for line in record.get("rows", []) if not re.match("(first|another) example", line)]
     command = shlex.join(map(_without_folders, shlex.split(record.get("command", ""), comments=True)))
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
     source = f"[{base}](https://huggingface.co/{base})" if _is_of_hub(base) else _without_folders(base)

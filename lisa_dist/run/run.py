@@ -51,7 +51,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> Path | None:
         trainer = load_trainer(settled, processing, data)
         with together(output_dir):
             if trainer.is_world_process_zero():
-                record = record_of_run(settled, argv, trainer.model, data.lines)
+                record = record_of_run(settled, argv, trainer.model, [*data.lines, *data.more])
                 write_run(output_dir, record, resumes=goes_on(output_dir, resume_from))
         trainer.accelerator.print(describe_run(settled, template, processor))
         trainer.accelerator.print(_describe_data(config, data))

@@ -67,6 +67,17 @@ def test_the_first_example_is_shown_with_what_counts(tokenizer, names):
     ]
 
 
+def test_a_report_has_lengths_and_more_examples(tokenizer, tmp_path):
+    rows = [{"question": "1" * n, "answer": "2" * n} for n in range(1, 5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    about, third, last = load(tokenizer, dataset_name=str(tmp_path / "rows.jsonl")).more
+    assert about == "tokens of an example: 6 to 12, half of them at most 8"  # with four marks
+    assert third.split("\n")[1:] == ["  <user>111<end><assistant>", "> 222<end>"]
+    assert last.startswith("another example: 12 tokens, 5 of them with loss")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    assert len(load(tokenizer, dataset_name=str(tmp_path / "rows.jsonl")).more) == 1
+
+
 def test_a_long_example_is_shown_in_part(tokenizer, tmp_path):
     (tmp_path / "story.txt").write_text("word " * 1000)
     shown = load(tokenizer, dataset_name=str(tmp_path / "story.txt"), max_length=None).lines[1].split("\n")

@@ -30,7 +30,7 @@ def test_every_shipped_model_has_the_parameters_it_is_known_for():
         "llama3.2-1b": 1.24, "llama3.2-3b": 3.21, "llama3.3-70b": 70.55, "mistral-7b": 7.24,
         "mistral-small-24b": 23.57, "phi-4": 14.66, "qwen2.5-32b": 32.76, "qwen2.5-72b": 72.71, "qwen2.5-7b": 7.62,
         "qwen3-0.6b": 0.60, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19, "qwen3-14b": 14.77,
-        "qwen3-32b": 32.76, "qwen3-30b-a3b": 30.53, "qwen3-235b-a22b": 235.09,
+        "qwen3-32b": 32.76, "qwen3-30b-a3b": 30.53, "qwen3-235b-a22b": 235.09, "smollm3-3b": 3.08,
     }  # fmt: skip
     assert shipped_model_configs() == sorted(known)
     for name, billions in known.items():

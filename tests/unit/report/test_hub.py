@@ -15,6 +15,7 @@ from lisa_dist.report.hub import write_card
 CARD = {"model": "someone/base", "method": "lisa", "task": "sft", "devices": "1 x CPU, fp32", "num_layers": 6}
 CARD |= {"command": "lisa-dist train --dataset_name /home/me/secret/rows.jsonl --model_name_or_path someone/base"}
 CARD |= {"rows": ["/home/me/secret/rows.jsonl: question_answer, 5 examples", "first example: mine"]}
+CARD["rows"] += ["another example: mine"]
 TOO_LARGE = "the hub answers 413; the file is too large for it; ask for a larger quota"
 
 
