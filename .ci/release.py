@@ -8,6 +8,7 @@ machine. It needs a commit without changes beside it, whose changelog has the ve
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,32 +53,34 @@ def said_by_git(*words: str) -> str:
 def environment(name: str, *packages: object) -> Path:
     """The folder of an environment's programs, made anew with some packages."""
     folder = FOLDER / name
-    venv.create(folder, clear=True, with_pip=True)
+    venv.create(folder, clear=True, with_pip=True, symlinks=True)
     run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", *packages)
     return folder / "bin"
 
 
-def use(programs: Path) -> None:
-    """Some steps of the quickstart's recipe, as the wheel has it, and the notebook, in a folder that is no checkout."""
+def use(wheel: Path, programs: Path) -> None:
+    """The notebook, which installs the wheel, and the quickstart's recipe of the wheel, where no checkout is."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     clean |= {"PATH": f"{programs}:{clean['PATH']}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    clean["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / ".quickstart").mkdir()
         for given in ("model", "pairs.jsonl"):
             (folder / ".quickstart" / given).symlink_to(QUICKSTART / given)
-        run(programs / "lisa-dist", "recipes", "copy", "quickstart", "quickstart.yaml", cwd=folder, env=clean)
-        flags = ["--config", "quickstart.yaml", "--gpus", "2", "--max_steps", STEPS]
-        run(programs / "lisa-dist", "train", *flags, cwd=folder, env=clean)
-        assert (folder / ".quickstart" / "trained" / "model.safetensors").exists()
         notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text(encoding="utf-8"))
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
         cells[0]["source"] = [f'MODEL = "{QUICKSTART / "model"}"']
         (folder / "notebook.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+        shutil.copy(wheel, folder)
         run(programs / "jupyter-execute", "--inplace", "notebook.ipynb", cwd=folder, env=clean)
         ran = json.loads((folder / "notebook.ipynb").read_text(encoding="utf-8"))
         for output in (one for cell in ran["cells"] for one in cell.get("outputs", ())):
             print(*output.get("text", [f"({', '.join(output.get('data', ()))})"]), sep="")
+        run(programs / "lisa-dist", "recipes", "copy", "quickstart", "quickstart.yaml", cwd=folder, env=clean)
+        flags = ["--config", "quickstart.yaml", "--gpus", "2", "--max_steps", STEPS]
+        run(programs / "lisa-dist", "train", *flags, cwd=folder, env=clean)
+        assert (folder / ".quickstart" / "trained" / "model.safetensors").exists()
 
 
 def main() -> None:
@@ -90,15 +93,21 @@ def main() -> None:
         sys.exit(f"v{number} is released already: give lisa_dist/__init__.py the next version.")
     if not (QUICKSTART / "model").is_dir():
         sys.exit("the release trains the quickstart's model: run make quickstart first.")
+    commit = said_by_git("rev-parse", "HEAD")
     tools = environment("tools", *TOOLS)
-    run("rm", "-rf", DIST, ROOT / "build")
-    run(tools / "python", "-m", "build", "--outdir", DIST, ROOT)
+    shutil.rmtree(DIST, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:  # what is committed, without what git ignores
+        run("git", "archive", "--output", f"{folder}/source.tar", commit, cwd=ROOT)
+        run("tar", "--extract", "--directory", folder, "--file", f"{folder}/source.tar")
+        Path(folder, "source.tar").unlink()
+        run(tools / "python", "-m", "build", "--outdir", DIST, folder)
     (wheel,), (source,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
     run(tools / "twine", "check", "--strict", wheel, source)
     run(tools / "check-wheel-contents", wheel)
-    use(environment("installed", wheel, *NOTEBOOK))
+    use(wheel, environment("installed", *NOTEBOOK))
     (DIST / "NOTES.md").write_text(notes, encoding="utf-8")
-    run("git", "tag", "--annotate", f"v{number}", "--file", DIST / "NOTES.md", "--cleanup", "verbatim", cwd=ROOT)
+    tag = ["tag", "--annotate", f"v{number}", commit, "--cleanup", "verbatim"]  # with the headings of the notes
+    run("git", *tag, "--file", DIST / "NOTES.md", cwd=ROOT)
     print(f"v{number} is tagged. To publish: git push origin v{number}; {tools}/twine upload {DIST}/lisa_dist-*")
 
 

@@ -295,8 +295,9 @@ def _more_of(encoder: Encoder, examples: Dataset) -> list[str]:
     some = examples.select(range(0, len(examples), 1 + len(examples) // 1000))
     lengths = sorted(map(len, some["input_ids"]))
     half = lengths[(len(lengths) - 1) // 2]
-    others = [_format_example(encoder, some[at], "another") for at in sorted({len(some) // 2, len(some) - 1} - {0})]
-    return [f"tokens of an example: {lengths[0]} to {lengths[-1]}, half of them at most {half}", *others]
+    places = sorted({len(some) // 2, len(some) - 1} - {0})
+    others = [_format_example(encoder, some[at], "another training") for at in places]
+    return [f"tokens of a training example: {lengths[0]} to {lengths[-1]}, half of them at most {half}", *others]
 
 
 def _format_example(encoder: Encoder, example: dict[str, Any], which: str = "first") -> str:

@@ -49,7 +49,7 @@ def report_of(run: RunFiles, plots: Path | None = None) -> dict[str, Any]:
         about = {"name": "answers", "title": "Answers", "caption": "To prompts, before and after training."}
         sections.insert(1, about | {"said": _first_and_last(run.answers)})
     if rows := run.run.get("rows"):
-        caption = "Sources, lengths, and examples as the model reads them: loss is computed on lines with >."
+        caption = "Sources and examples; where lines begin with >, loss is computed on those alone."
         sections.append({"name": "data", "title": "Data", "caption": caption, "text": "\n".join(rows)})
     flags = {name: _since(run, name, value) for name, value in run.run.get("flags", {}).items()}
     given = {name: value for name, value in flags.items() if name in run.run.get("given", [])}

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def write_card(run_folder: str | Path, to: str | Path | None = None, name: str |
         **figures_of(run),
     }
     rows = [f"| {name} | {value} |" for name, value in how.items() if str(value).strip()]
-    data = [line for line in record.get("rows", []) if not re.match("(first|another) example", line)]
+    data = without_examples(record.get("rows", []))
     command = shlex.join(map(_without_folders, shlex.split(record.get("command", ""), comments=True)))
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
     source = f"[{base}](https://huggingface.co/{base})" if _is_of_hub(base) else _without_folders(base)
@@ -63,6 +63,11 @@ def write_card(run_folder: str | Path, to: str | Path | None = None, name: str |
     about |= {"base_model": base} if _is_of_hub(base) else {}
     metadata_save(path, about)
     return path
+
+
+def without_examples(lines: Sequence[str]) -> list[str]:
+    """Lines about data without those that show it: a model may be public where its data are not."""
+    return [line for line in lines if not re.match("(first|another training) (example|row)", line)]
 
 
 def _peak(memory: dict | None, which: str) -> str:

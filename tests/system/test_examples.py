@@ -199,7 +199,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     assert cells[0].startswith('MODEL = "')
     assert not any(cell.get("outputs") for cell in notebook["cells"])
     shown = "import sys, types\nsys.modules['IPython'] = sys.modules['IPython.display'] = types.SimpleNamespace("
-    shown += "HTML=lambda text: text[:7], Image=lambda path: path.stat().st_size, display=print)"
+    shown += "HTML=lambda text: text[:20], Image=lambda path: path.stat().st_size, display=print)"
     (tmp_path / "cells.py").write_text("\n".join([shown, f'MODEL = "{tmp_path / "model"}"', *cells[1:]]))
     monkeypatch.chdir(tmp_path)
     all_of_it = run_well([], tmp_path, tmp_path / "cells.py")

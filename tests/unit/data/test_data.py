@@ -71,9 +71,9 @@ def test_a_report_has_lengths_and_more_examples(tokenizer, tmp_path):
     rows = [{"question": "1" * n, "answer": "2" * n} for n in range(1, 5)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     about, third, last = load(tokenizer, dataset_name=str(tmp_path / "rows.jsonl")).more
-    assert about == "tokens of an example: 6 to 12, half of them at most 8"  # with four marks
+    assert about == "tokens of a training example: 6 to 12, half of them at most 8"  # with four marks
     assert third.split("\n")[1:] == ["  <user>111<end><assistant>", "> 222<end>"]
-    assert last.startswith("another example: 12 tokens, 5 of them with loss")
+    assert last.startswith("another training example: 12 tokens, 5 of them with loss")
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
     assert len(load(tokenizer, dataset_name=str(tmp_path / "rows.jsonl")).more) == 1
 

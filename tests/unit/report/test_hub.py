@@ -15,7 +15,7 @@ from lisa_dist.report.hub import write_card
 CARD = {"model": "someone/base", "method": "lisa", "task": "sft", "devices": "1 x CPU, fp32", "num_layers": 6}
 CARD |= {"command": "lisa-dist train --dataset_name /home/me/secret/rows.jsonl --model_name_or_path someone/base"}
 CARD |= {"rows": ["/home/me/secret/rows.jsonl: question_answer, 5 examples", "first example: mine"]}
-CARD["rows"] += ["another example: mine"]
+CARD["rows"] += ["another training example: mine", "first row: mine"]
 TOO_LARGE = "the hub answers 413; the file is too large for it; ask for a larger quota"
 
 
@@ -71,6 +71,7 @@ def test_a_run_is_pushed_with_its_card(folder, tmp_path, hub):
     ):
         assert line in card
     assert str(tmp_path) not in card
+    assert "+ 1?" not in hub.files["lisa_run.json"].decode()
     assert "hf_secret" not in "".join(content.decode("latin-1") for content in hub.files.values())
 
 
