@@ -1,4 +1,4 @@
-"""Build a release, check it as its users will install it, and tag it: `make release`, after `make quickstart`.
+"""Build a release, check it as its users will install it, and tag it: `make release`.
 
 Afterwards dist/ has the wheel, the source distribution and NOTES.md, the version's section of CHANGELOG.md. What it
 needs of tools is in .release/tools, and the environment without a checkout in .release/installed; nothing leaves this

@@ -57,7 +57,7 @@ KEEP, FIXED = {"lisa_state": "keep"}, {"lisa_sampler": "fixed"}
 EIGHT, LAYERS_8 = {"lisa_state_bits": "embed=8,head=8,layers=8"}, {"lisa_state_bits": "layers=8"}
 FACTORED = {"lisa_state_bits": "embed=factored,head=factored"}
 SMALL = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
-HALVED = {"lisa_lr_scale": "embed=0.5,head=0.5", "lisa_interval_steps": 50}
+HALVED_K_50 = {"lisa_lr_scale": "embed=0.5,head=0.5", "lisa_interval_steps": 50}
 FORMS = {"8 bits": 8, "4 bits": 4, "fp8": "fp8"}  # of frozen layers
 ADAPTERS = {"lisa_adapters": 16}
 ADAPTERS_8 = EIGHT | {"lisa_adapters": 32, "lisa_frozen_bits": 8, "lisa_master": "bf16_sr"}  # in LoRA's memory
@@ -112,7 +112,7 @@ ALL = (
     *(one_pass(f"lisa {n}, adapters, embed frozen", n, EMBED_FROZEN | LAYERS_8 | ADAPTERS) for n in (1, 5)),
     *(one_pass(f"lisa {n}, adapters r32, frozen 8 bits", n, ADAPTERS_8, bf16=True) for n in (1, 5)),
     *(modules(f"lisa modules {n}, small", n, SMALL, "lisa_adamw") for n in (5, 6, 10, 12)),
-    *(modules(f"lisa modules {n}, small, halved, K 50", n, SMALL | HALVED, "lisa_adamw") for n in (5, 6)),
+    *(modules(f"lisa modules {n}, small, halved, K 50", n, SMALL | HALVED_K_50, "lisa_adamw") for n in (5, 6)),
     modules("lisa modules", AUTO_LAYERS, {}),
 )
 METHODS = {method.name: method for method in ALL}

@@ -63,10 +63,12 @@ class Table:
     header: str
     cells: str
     of: Any = None
+    without: tuple[str, ...] = ()  # parts of names, of rows that are left out: others are much like them
 
     def make(self, *figures: Any) -> Rows:
         """The cells of each row, header first, from the figures of the results."""
         made = [_filled(self.header, figures), *(_filled(self.cells, row) for row in self.rows(self.of, *figures))]
+        made = [row for row in made if not any(part in row[0] for part in self.without)]
         assert {len(row) for row in made} == {len(made[0])}, self.header
         return made
 

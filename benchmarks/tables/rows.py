@@ -100,10 +100,9 @@ def memory(of: None, figures: dict) -> Iterator[Row]:
 
 
 def steps(of: str, figures: dict) -> Iterator[Row]:
-    """The sections of speed.py that have the method `of`, without ZeRO-1's, much like ZeRO-2's, and a second rank."""
+    """The sections of speed.py that have the method `of`."""
     for title, methods in figures.items():
-        shown = {name: one for name, one in methods.items() if name != "lora r128"}
-        for name, one in shown.items() if of in methods and not title.startswith("zero1") else ():
+        for name, one in methods.items() if of in methods else ():
             phases = ("step", "forward", "backward", "optimizer")
             seconds = [statistics.median(step[phase] for step in one["steps"]) for phase in phases]
             shares = ratios(one, methods["full"]), one["flops"] / methods["full"]["flops"]
@@ -119,10 +118,8 @@ def beside_static(of: None, figures: dict) -> Iterator[Row]:
 
 
 def switches(of: int, figures: dict) -> Iterable[Row]:
-    """With its share of a period of so many steps; without the smallest width, ZeRO-1, and gammas between others."""
-    left_out = ("1/32", "zero1", "gamma 1,", "gamma 4,")
-    wide = {name: case for name, case in figures.items() if not any(part in name for part in left_out)}
-    return [(name, case, case["share_of_period"][f"{of}"]) for name, case in wide.items()]
+    """With its share of a period of so many steps."""
+    return [(name, case, case["share_of_period"][f"{of}"]) for name, case in figures.items()]
 
 
 def traffic(of: list, figures: dict) -> Iterator[Row]:
