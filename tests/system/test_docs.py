@@ -27,8 +27,13 @@ from lisa_dist.run.task_configs import CONFIGS
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PAGES += ["benchmarks/REPORT.md", "benchmarks/cost/GPU.md", "SECURITY.md"]
 PAGES += ["examples/README.md", "examples/continued_pretraining/README.md"]
-# Looked up alone: test_mt_bench.py starts the first, test_serving.py asks vLLM in Python, and Ollama is not run.
-SERVING = ("transformers serve runs/1 --port 8000", "vllm serve runs/1 --port 8000", "ollama create mine -f Modelfile")
+# Looked up alone: test_mt_bench.py starts the first two's program, test_serving.py asks vLLM, and Ollama is not run.
+SERVING = (
+    "transformers serve path/to/judge",
+    "transformers serve runs/1 --port 8000",
+    "vllm serve runs/1 --port 8000",
+    "ollama create mine -f Modelfile",
+)
 OF_OTHERS = tuple(command.split()[0] for command in SERVING)
 PROGRAMS = ("make", "pip", "python", "deepspeed", "torchrun", "lisa-dist", "tensorboard", *OF_OTHERS)
 COMMAND = re.compile(rf"^(?:{'|'.join(PROGRAMS)})\s")
