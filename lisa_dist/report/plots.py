@@ -47,14 +47,17 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
     if not any(run.visits):
         return
     outer_blocks = sorted({block for period in run.periods for block in period.get("blocks") or []})
-    names = [name.removeprefix("layers.") for name in run.units] + outer_blocks
+    names = [name.removeprefix("layers.") for name in run.units]
     cells = [[int(layer in period["layers"]) for period in run.periods] for layer in range(run.num_layers)]
     cells += [[int(block in (period.get("blocks") or [])) for period in run.periods] for block in outer_blocks]
+    # Rows of the outer blocks are as high as their names, whatever the number of layers.
+    height = max(1, math.ceil(run.num_layers / 12))
+    tops = [run.num_layers - 0.5 + height * row for row in range(1, len(outer_blocks) + 1)]
     axes = new_axes(figure, "period", run.unit)
     few = len(run.periods) <= 60
     axes.pcolormesh(
         [column - 0.5 for column in range(len(run.periods) + 1)],
-        [row - 0.5 for row in range(len(names) + 1)],
+        [row - 0.5 for row in range(run.num_layers + 1)] + tops,
         cells,
         cmap=ListedColormap(["none", BLUE]),
         vmin=0,
@@ -63,9 +66,8 @@ def plot_layers(run: RunFiles, figure: Figure) -> None:
         linewidth=0.6 if few else 0.0,
         rasterized=not few,  # else the SVG has one shape per cell
     )
-    every = max(1, math.ceil(run.num_layers / 12))
-    ticks = [row for row in range(len(names)) if row >= run.num_layers or row % every == 0]
-    axes.set_yticks(ticks, [names[row] for row in ticks])
+    ticks = range(0, run.num_layers, height)
+    axes.set_yticks([*ticks, *(top - height / 2 for top in tops)], [*(names[row] for row in ticks), *outer_blocks])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

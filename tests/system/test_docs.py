@@ -1,7 +1,6 @@
 """Commands of README and docs are run in the order of their page, with a tiny model in the place of a large one.
 
-Those of make, pip and benchmarks are looked up, and examples are run in test_examples.py; srun and sbatch in
-test_slurm.py.
+Those of make, pip and benchmarks are looked up; test_examples.py runs examples, test_slurm.py srun and sbatch.
 """
 
 import io

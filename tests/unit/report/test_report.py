@@ -249,7 +249,8 @@ def long_run() -> RunFiles:
         {"step": step, "loss": 2 + draws.random(), "grad_norm": draws.random()} | constant
         for step in range(10, 100_001, 10)
     ]
-    periods = [{"step": 20 * n, "layers": draws.choice(80, 2, replace=False).tolist()} for n in range(5000)]
+    drawn = [draws.choice(80, 2, replace=False).tolist() for _ in range(5000)]
+    periods = [{"step": 20 * n, "layers": layers, "blocks": ["embed", "head"]} for n, layers in enumerate(drawn)]
     movement = [{"period": 0, "step": 20, "blocks": {"embed": {"relative": 0.1}, "layers.79": {"relative": 0.2}}}]
     return RunFiles(Path(), {"num_layers": 80}, log, periods, movement)
 
@@ -264,8 +265,9 @@ def test_a_long_run_of_a_large_model_can_be_drawn(name, narrow):
     axes = figure.axes[0]
     assert all(len(line.get_xdata()) <= 2000 for line in axes.lines)
     assert len(axes.patches) <= 100
-    labels = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
-    assert not any(left.overlaps(right) for left, right in pairwise(labels))
+    for axis in (axes.xaxis, axes.yaxis):
+        labels = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
+        assert not any(one.overlaps(following) for one, following in pairwise(labels))
 
 
 def test_a_run_of_full_training_has_no_plots_of_lisa():
