@@ -7,7 +7,7 @@ CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE
 # glibc is to keep the memory of large tensors: given back and taken anew in every step, each page of it is a fault.
 CPU += MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants size docs flags wheel release checks bench bench-gpu clean
+.PHONY: quickstart test test-all test-plugins test-oldest test-container golden mutants docs flags wheel release checks bench bench-gpu clean
 
 $(VENV)/.ready: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lisa_dist needs Python 3.11 or newer")'
@@ -98,9 +98,6 @@ test-container: $(VENV)/.ready  ## the steps of the Dockerfile in a clean root, 
 mutants: $(VENV)/.ready  ## change the engine in 150 places, one at a time: does make test see it? an hour on two cores
 	$(BUILD_OPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(CPU) $(BIN)/python tests/mutants.py
-
-size: $(VENV)/.ready  ## lines, modules, settings, overrides and words, beside their budgets
-	$(BIN)/python tests/support/size.py
 
 golden: $(VENV)/.ready  ## BASE (the last release tag or the parent commit) and the working tree, compared bit for bit
 	$(BUILD_OPS)
