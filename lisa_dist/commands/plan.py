@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
         runs, rate = FakeRuns(config), None
         if arguments.method == "lisa":  # the best rates of LoRA are 5 to 20 times as high
             rate = learning_rate(arguments.model, config, arguments.task)
-        plans = make_plans(config, asked, settings, runs=runs)
+        plans = make_plans(config, asked, settings, runs=runs, preset=preset)
         print(format_plans(plans, asked))
         if asked.json:
             written = {"arguments": asdict(asked), "plans": [plan.to_dict() for plan in plans]}

@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,13 @@ from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.sequence_parallel import check_sequence_parallel
 from lisa_dist.core.weight_store import HOST
-from lisa_dist.ds_config import fill_layer_gathers, fill_secondary_partitions, read_ds_config, uses_optimizer_offload
+from lisa_dist.ds_config import (
+    cuts_weights,
+    fill_layer_gathers,
+    fill_secondary_partitions,
+    read_ds_config,
+    uses_optimizer_offload,
+)
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import why_no_label_logits
 from lisa_dist.memory.estimate import StepEstimate, kept_states
@@ -329,8 +335,13 @@ def make_plans(
     lisa_config: LisaConfig,
     ways: Sequence[str] = WAYS,
     runs: FakeRuns | None = None,
+    preset: Collection[str] = (),
 ) -> list[Plan]:
-    """A plan under each DeepSpeed config, or under --deepspeed alone, from the fastest to the slowest."""
+    """Return a plan for each DeepSpeed config, or only for `--deepspeed`, from the fastest to the slowest.
+
+    `preset` names the settings that come from a preset. ZeRO-3 cannot quantize frozen layers, so its plans keep them
+    in 16 bits if only the preset asks for fewer.
+    """
     runs = runs or FakeRuns(config)
     if lisa_config.lisa_activated_layers not in PLANNED_LAYERS:
         Planner(config, arguments, lisa_config, runs=runs)  # raises what no way would change
@@ -341,8 +352,11 @@ def make_plans(
     plans = []
     for way in ways:
         try:
-            prepare_ds_config(read_ds_config(way), lisa_config, arguments.optim, arguments.precision)
-            settled, _ = with_most_layers(config, arguments, lisa_config, way, runs=runs)
+            ds_config = read_ds_config(way)
+            is_unquantized = "lisa_frozen_bits" in preset and cuts_weights(ds_config)
+            asked = replace(lisa_config, lisa_frozen_bits="16") if is_unquantized else lisa_config
+            prepare_ds_config(ds_config, asked, arguments.optim, arguments.precision)
+            settled, _ = with_most_layers(config, arguments, asked, way, runs=runs)
         except UserError as error:
             refused = refused or error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits
             continue
@@ -448,13 +462,14 @@ def first_that_fits(
             continue
         # Stage 3 gathers every weight twice, and is for what stages 1 and 2 have no room for.
         for stages in (("zero1", "zero2"), ("zero3",)):
-            if stages == ("zero3",) and tried.frozen_flags:
+            of_preset = preset.keys() - fallback.settings.keys()
+            if stages == ("zero3",) and (tried.streams or (tried.frozen_flags and "lisa_frozen_bits" not in of_preset)):
                 continue
             ways = [name for name in WAYS if name.endswith("_offload") == fallback.offloads and name.startswith(stages)]
             ways = ways_of(arguments, ways)
             tell(f"trying {', '.join(ways)}: {fallback.name}")
             try:
-                plan = what_fits(make_plans(config, asked, tried, ways, runs), asked)
+                plan = what_fits(make_plans(config, asked, tried, ways, runs, of_preset), asked)
                 return Chosen(fallback, plan, asked, plan.lisa_config)
             except UserError as error:
                 problem = error
@@ -474,6 +489,7 @@ def possible_fallbacks(
     of_preset = {name: value for name, value in preset.items() if name != "optim"}  # a fallback's, or the default
     on_host = {n: value for n, value in of_preset.items() if n not in SMALL_STATES and value != LORA_LAYERS}
     is_small = preset.get("optim") == LISA_ADAMW or not SMALL_STATES.keys().isdisjoint(preset)
+    tried = []
     for fallback in FALLBACKS:
         settings, optim = fallback.settings, fallback.optim
         if is_small and not fallback.offloads:
@@ -491,4 +507,7 @@ def possible_fallbacks(
         if optim is not None and arguments.optim not in (default_optim, optim):
             continue
         asked = arguments if optim is None else replace(arguments, optim=optim)
-        yield fallback, asked, LisaConfig(**given | (on_host if fallback.offloads else of_preset) | settings)
+        combined = LisaConfig(**given | (on_host if fallback.offloads else of_preset) | settings)
+        if (candidate := (asked.optim, combined, fallback.offloads)) not in tried:
+            tried.append(candidate)
+            yield fallback, asked, combined

@@ -14,9 +14,17 @@ from lisa_dist.core.selection import sampled_blocks
 from lisa_dist.ds_config import read_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import PlanArguments, command_for, load_model_config
-from lisa_dist.memory.planner import Planner, make_plans, what_fits, with_most_layers
+from lisa_dist.memory.planner import (
+    Planner,
+    first_that_fits,
+    make_plans,
+    possible_fallbacks,
+    what_fits,
+    with_most_layers,
+)
 from lisa_dist.memory.trace import FakeRun, FakeRuns
 from lisa_dist.memory.workload import Trained, Workload, widest_periods
+from lisa_dist.presets import PRESETS
 from lisa_dist.text import parse_bytes
 
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -243,6 +251,31 @@ def test_cheaper_states_become_more_layers():
     assert not any(plan.lacks(arguments))
     with pytest.raises(ValueError, match=r"not one layer fits 22\.50 GiB"):
         make_plans(config, arguments, lisa_dist.LisaConfig(**asked))
+
+
+def test_zero3_is_planned_with_a_preset_that_quantizes(tiny_config):
+    """Only what the user gave excludes ZeRO-3: frozen layers keep 16 bits there if the preset asked for fewer."""
+    config, arguments = load_model_config(tiny_config), PlanArguments(tiny_config, gpus=2, checkpointed_layers="all")
+    quantized = lisa_dist.LisaConfig(lisa_frozen_bits=8)
+    plans = make_plans(config, arguments, quantized, preset={"lisa_frozen_bits"})
+    bits = {plan.ds_config: plan.lisa_config.frozen_form for plan in plans}
+    assert bits == {"zero1": 8, "zero2": 8, "zero3": 16, "zero2_offload": 8, "zero3_offload": 16}
+    assert "zero3" not in {plan.ds_config for plan in make_plans(config, arguments, quantized)}
+
+
+@pytest.mark.parametrize("name", ["lora", "adapters"])
+def test_no_candidate_is_tried_twice(tiny_config, name):
+    arguments, lines = PlanArguments(tiny_config, gpus=2, gpu_memory="2GiB", host_memory="1MiB"), []
+    preset = {key: value for key, value in PRESETS[name].items() if key != "lisa_activated_layers"}
+    with pytest.raises(ValueError, match="nothing fits"):
+        first_that_fits(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig(), preset, tell=lines.append)
+    tried = [
+        (asked.optim, settings, fallback.offloads)
+        for fallback, asked, settings in possible_fallbacks(arguments, lisa_dist.LisaConfig(), preset)
+    ]
+    assert all(tried.count(one) == 1 for one in tried)
+    assert len(lines) == len(set(lines))
+    assert sum("zero3:" in line or "zero3_" in line for line in lines) >= 2, lines
 
 
 def test_frozen_layers_in_fewer_bits_are_planned():
