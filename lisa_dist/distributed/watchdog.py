@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -26,6 +27,7 @@ _GRACE = 10.0  # seconds for the main thread to find out by itself that another 
 _FAILED = "failed: "
 _SUMMARY = "summary"
 _NAMED = 16  # ranks of a kind, at most, that a summary names
+_NOBODY: dict[str, list[Any]] = {"failed": [], "silent": [], "more_silent": [], "behind": []}
 
 
 class _Signs:
@@ -35,7 +37,11 @@ class _Signs:
         self._signs, self._changed_at = ["0 0"] * world_size, [time.monotonic()] * world_size
 
     def summary(self, signs: Sequence[str]) -> dict[str, list[Any]]:
-        """Of the signs now: ranks that have failed, those without another for a while and since when, the slowest."""
+        """Summarize the signs: which ranks have failed, which are silent and for how many seconds, which are slowest.
+
+        At most `_NAMED` ranks of a kind are named, of the silent ones those that have been silent longest. The others
+        are counted by whole seconds of silence.
+        """
         now, failed = time.monotonic(), [sign.startswith(_FAILED) for sign in signs]
         for rank, (sign, before) in enumerate(zip(signs, self._signs, strict=True)):
             if sign != before:
@@ -44,11 +50,21 @@ class _Signs:
         seconds = [0.0 if gone else now - at for gone, at in zip(failed, self._changed_at, strict=True)]
         # A rank that fails this moment has no count any more.
         beats = [0 if gone else int(sign.split()[-1]) for gone, sign in zip(failed, signs, strict=True)]
+        silent = [(rank, long) for rank, long in enumerate(seconds) if long > 1.5 * _INTERVAL]
+        silent.sort(key=lambda one: -one[1])
         return {
             "failed": [(rank, signs[rank]) for rank, gone in enumerate(failed) if gone][:_NAMED],
-            "silent": [(rank, long) for rank, long in enumerate(seconds) if long > 1.5 * _INTERVAL][:_NAMED],
+            "silent": silent[:_NAMED],
+            "more_silent": list(Counter(int(long) for _, long in silent[_NAMED:]).items()),
             "behind": [rank for rank, count in enumerate(beats) if count == min(beats)][:_NAMED],
         }
+
+
+def _name_silent(summary: dict[str, list[Any]], seconds: float) -> str:
+    """Name the ranks that a summary says have been silent for longer than `seconds`, and count the unnamed ones."""
+    named = [rank for rank, silent in summary["silent"] if silent > seconds]
+    more = sum(ranks for silent, ranks in summary["more_silent"] if silent > seconds)
+    return f"{named}{f' and {more} more' if more else ''}" if named else ""
 
 
 class Watchdog:
@@ -68,7 +84,7 @@ class Watchdog:
         self._failure: str | None = None
         self._done = threading.Event()
         # Rank 0's last summary, and when it was another; what the store's thread writes and the other reads.
-        self._summary: dict[str, list[Any]] = {"failed": [], "silent": [], "behind": []}
+        self._summary = _NOBODY
         self._answered_at = 0.0
 
     def beat(self) -> None:
@@ -171,11 +187,12 @@ class Watchdog:
                 last = self._summary["behind"]
                 self._end(f"no step for {self._timeout:.0f} s (--hang_timeout); furthest behind: rank(s) {last}")
 
-    def _silent_ranks(self, seconds: float) -> list[int]:
+    def _silent_ranks(self, seconds: float) -> str:
+        """Name the ranks that have been silent for longer than `seconds`; an empty text if there are none."""
         summary, age = self._summary, time.monotonic() - self._answered_at
         if age > seconds:
-            return [] if self._rank == 0 or any(rank == 0 for rank, _ in summary["failed"]) else [0]
-        return [rank for rank, silent in summary["silent"] if silent + age > seconds]
+            return "" if self._rank == 0 or any(rank == 0 for rank, _ in summary["failed"]) else "[0]"
+        return _name_silent(summary, seconds - age)
 
     def _failed_ranks(self) -> str:
         return "; ".join(f"rank {rank} has {sign}" for rank, sign in self._summary["failed"])
