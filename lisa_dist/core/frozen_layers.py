@@ -28,6 +28,7 @@ from lisa_dist.core.fp8_product import takes_fp8
 from lisa_dist.core.frozen_forms import check_form, dequantize, quantize, quantized_bytes
 from lisa_dist.core.frozen_forward import WholeTensors, frozen_forward
 from lisa_dist.core.layer_stream import LayerStream
+from lisa_dist.core.live_bytes import unmapped_bytes
 from lisa_dist.core.matrices import Matrix, quantizable_matrices
 from lisa_dist.core.weight_store import HOST, ROOM, WeightStore
 from lisa_dist.distributed.collectives import gather
@@ -137,7 +138,7 @@ class FrozenLayers:
         weights = {name: matrix.parameter.detach() for name, matrix in matrices.items()}
         of_layers = (parameter.nbytes for block in blocks.layers for parameter in block.parameters.values())
         self._share = sum(weight.nbytes for weight in weights.values()) / sum(of_layers)
-        on_host = sum(weight.nbytes for weight in weights.values() if weight.device.type == "cpu" and has_weights)
+        on_host = unmapped_bytes(weight for weight in weights.values() if weight.device.type == "cpu" and has_weights)
         way_out = ROOM
         if streams and form == 16:  # which are copied from the host's memory alone
             codes = format_bytes(quantized_bytes([weight.shape for weight in weights.values()], 4))

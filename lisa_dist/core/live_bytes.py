@@ -1,10 +1,12 @@
 """Bytes that live tensors hold on this rank, and those that operators allocate."""
 
+import bisect
 import contextlib
 import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,26 @@ def live_storages() -> list[torch.UntypedStorage]:
         if was_enabled:
             gc.enable()
     return list(storages.values())
+
+
+def unmapped_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of CPU tensors that lie in memory, and not in files that are mapped into it.
+
+    Deleting a tensor of a mapped file frees nothing: its pages are page cache, which counts as free already.
+    """
+    begins, ends = [], []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, _, _, _, inode = line.split(maxsplit=5)[:5]
+        if inode != "0":
+            begin, _, end = addresses.partition("-")
+            begins.append(int(begin, 16))
+            ends.append(int(end, 16))
+    total = 0
+    for tensor in tensors:
+        place = bisect.bisect_right(begins, tensor.data_ptr())
+        is_mapped = place > 0 and tensor.data_ptr() < ends[place - 1]
+        total += 0 if is_mapped else tensor.nbytes
+    return total
 
 
 def _tensor_classes() -> set[type]:

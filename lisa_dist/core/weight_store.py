@@ -11,7 +11,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -112,8 +112,11 @@ class WeightStore:
             return
         with contextlib.suppress(RuntimeError):  # CUDA tells of it once more, at the next kernel
             torch.zeros(1, device=self._device)
-        if self.is_first_of_host:
-            print(f"warning: frozen layers could not be pinned (CUDA error {error}): a switch takes longer", flush=True)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        print(
+            f"warning: rank {rank} could not pin the frozen layers (CUDA error {error}): a switch takes longer",
+            flush=True,
+        )
 
 
 def _make_file(place: str, nbytes: int, freed: int) -> IO[bytes]:
@@ -136,15 +139,40 @@ def _identity(descriptor: int) -> tuple[int, int, int]:
     return found.st_dev, found.st_ino, found.st_size
 
 
-def available_memory(container: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this host has free, or the container that this process is in, page cache included."""
-    available = psutil.virtual_memory().available
-    limit = container / "memory.max"
-    if limit.is_file() and (allowed := limit.read_text(encoding="ascii").strip()) != "max":
-        used = int((container / "memory.current").read_text(encoding="ascii"))
-        parts = dict(line.split() for line in (container / "memory.stat").read_text(encoding="ascii").splitlines())
-        available = min(available, int(allowed) - used + int(parts["inactive_file"]))
-    return available
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that this process can still allocate, page cache included.
+
+    The limit is the host's free memory, or that of the process's control group or of any group above it.
+
+    Args:
+        root: folder that holds `proc` and `sys`.
+    """
+    return min([psutil.virtual_memory().available, *_free_in_control_groups(root)])
+
+
+def _free_in_control_groups(root: Path) -> Iterator[int]:
+    """Yield the bytes left below the limit of each control group that this process belongs to (cgroup v1 and v2)."""
+    mounted = root / "sys/fs/cgroup"
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mount, limit, usage, prefix = mounted, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            mount, limit, usage, prefix = mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        # A container may see its own group mounted at the top, under the path that the host has for it.
+        own = mount / path.lstrip("/")
+        for group in (own, *own.parents):
+            if group.is_relative_to(mount) and (group / limit).is_file():
+                allowed = (group / limit).read_text(encoding="ascii").strip()
+                if allowed == "max":
+                    continue
+                stat = (group / "memory.stat").read_text(encoding="ascii")
+                parts = dict(entry.split() for entry in stat.splitlines())
+                cached = sum(int(parts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                yield int(allowed) - int((group / usage).read_text(encoding="ascii")) + cached
 
 
 def check_store(place: str) -> None:

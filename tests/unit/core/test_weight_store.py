@@ -1,7 +1,11 @@
 """The store of originals: one copy on each host, pinned, and refused where there is no room."""
 
+import contextlib
+import io
 import resource
 import types
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -47,13 +51,55 @@ def test_a_store_without_room_is_refused(small_disk, monkeypatch):
     WeightStore(like, "host", torch.device("cpu"), freed=1 << 25)
 
 
-def test_what_a_container_has_read_of_files_is_free(tmp_path):
-    """The kernel lets go of page cache where memory is wanted."""
-    for name, text in {"max": "1000", "current": "900", "stat": "anon 250\ninactive_file 600\nfile 650"}.items():
-        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+def write_group(folder: Path, version: int, limit: str, usage: int, cached: int) -> None:
+    """Write the files of a control group's memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, text in zip(names, (limit, usage), strict=True):
+        (folder / name).write_text(f"{text}\n")
+    prefix = "" if version == 2 else "total_"
+    (folder / "memory.stat").write_text(f"anon 250\n{prefix}inactive_file {cached}\n{prefix}active_file 7\nfile 650\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_is_limited_by_every_control_group_above_the_process(tmp_path, version):
+    """The kernel frees page cache when memory is wanted."""
+    unlimited = "max" if version == 2 else "9223372036854771712"
+    top = tmp_path / "sys/fs/cgroup" / ("" if version == 2 else "memory")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    groups = tmp_path / "proc/self/cgroup"
+    groups.write_text("0::/pod/job\n" if version == 2 else "5:cpu:/\n4:hugetlb,memory:/pod/job\n0::/\n")
+    write_group(top / "pod/job", version, unlimited, 900, 0)
+    assert available_memory(tmp_path) > 10_000
+    write_group(top / "pod", version, "10000", 9000, 1993)
+    assert available_memory(tmp_path) == 3000
+    write_group(top / "pod/job", version, "1000", 900, 593)
     assert available_memory(tmp_path) == 700
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory(tmp_path) > 1000
+    # In a container the host's path leads nowhere, and the container's own group is at the top.
+    groups.write_text(groups.read_text().replace("pod/job", "docker/1234"))
+    assert available_memory(tmp_path) > 10_000
+    write_group(top, version, "500", 400, 0)
+    assert available_memory(tmp_path) == 107
+    groups.unlink()
+    assert available_memory(tmp_path) > 10_000
+
+
+def fail_to_pin() -> str:
+    runtime = types.SimpleNamespace(cudaHostRegister=lambda address, nbytes, flags: 2 * dist.get_rank())
+    store, said = WeightStore({"a": torch.zeros(3)}, "host", torch.device("cuda")), io.StringIO()
+    runtime.cudaHostUnregister = lambda address: 0
+    repeats = patch.object(torch, "zeros", side_effect=RuntimeError)  # the next kernel meets the same error
+    with repeats, patch.object(torch.cuda, "cudart", lambda: runtime), contextlib.redirect_stdout(said):
+        store.pin()
+    dist.barrier()
+    return said.getvalue()
+
+
+def test_each_rank_that_cannot_pin_warns():
+    assert run_ranks(fail_to_pin, 2) == [
+        "",
+        "warning: rank 1 could not pin the frozen layers (CUDA error 2): a switch takes longer\n",
+    ]
 
 
 def test_a_store_is_pinned_until_it_goes(monkeypatch):
