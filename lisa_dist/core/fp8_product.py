@@ -43,7 +43,8 @@ class Fp8Product(torch.autograd.Function):
         (gradient,), (codes, scales) = gradients, ctx.encoded()
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         rows, row_scales = fp8_rows(gradient.reshape(-1, gradient.shape[-1]), scales.view(-1))
-        codes = codes.t().contiguous().t()  # GPUs take the second matrix by columns alone
+        # GPUs only take the second matrix by columns. To keep the codes in this order too would double their memory.
+        codes = codes.t().contiguous().t()
         ones = torch.ones(1, codes.shape[1], dtype=torch.float32, device=codes.device)
         product = _multiply(rows, row_scales, codes, ones, gradient.dtype)
         return product.view(*gradient.shape[:-1], -1), of_bias, None, None, None

@@ -112,8 +112,13 @@ def factored_step(tensors: FactoredTensors, numbers: FactoredNumbers) -> None:
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether a device casts to e4m3 and multiplies it by itself; a CPU does, for tests."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether a device casts to e4m3 and multiplies it by itself; a CPU does, for tests.
+
+    ROCm's compute capability is the number of an AMD architecture: 9.0 is a GPU without fp8.
+    """
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def fp8_rows(values: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ class _Flash:
     package: str  # by its name on an index: transformers goes by that too, as versions 2 and 4 share a module
     oldest: str  # that transformers takes
     module: str  # that transformers imports; with it comes the binary
-    majors: range  # of compute capability
+    majors: range  # of CUDA's compute capability
     gpu: str
     install: str
 
@@ -106,7 +106,9 @@ class _Run:
             return "no CUDA device", None
         if not self._half_precision:
             return "flash-attn needs bf16 or fp16", "give --bf16 true"
-        if self._capability[0] not in flash.majors:
+        # ROCm's compute capability is the number of an AMD architecture, for which there is version 2 only.
+        fits = name == "flash_attention_2" if torch.version.hip else self._capability[0] in flash.majors
+        if not fits:
             return f"{flash.package} needs {flash.gpu}", None
         if self._class is not None:  # of a model with code of its own nothing is known
             if not self._class._supports_flash_attn:

@@ -37,6 +37,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lisa_dist import LisaConfig, LisaTrainer
 from lisa_dist.config import UserError
+from lisa_dist.optim.ops import has_fp8
 from lisa_dist.run.task_configs import LisaSFTConfig
 from lisa_dist.train import attention
 from lisa_dist.train.attention import choose_attention, documents_see_each_other, packs_documents
@@ -233,6 +234,17 @@ def test_what_can_be_used_is_taken_as_asked_for(device, requested, why):
     chosen = choose_attention(requested, True, LlamaConfig(), packed=True)
     assert chosen == (requested or "flash_attention_3", why)
     assert choose_attention(requested, True, LlamaConfig())[1] == why.split("; packed")[0]
+
+
+def test_a_gpu_of_amd_is_no_hopper_gpu(device, monkeypatch):
+    """ROCm reports capability 9.0 for the MI200 series and 9.4 for the MI300 series."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    device((9, 4), *BOTH)
+    assert choose_attention(None, True, LlamaConfig())[0] == "flash_attention_2"
+    with pytest.raises(UserError, match="flash-attn-3 needs a Hopper GPU"):
+        choose_attention("flash_attention_3", True, LlamaConfig())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not has_fp8(torch.device("cuda"))
 
 
 LEAVE = "leave the flag out for SDPA."
