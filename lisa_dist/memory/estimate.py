@@ -250,13 +250,17 @@ class StepPlan:
     @property
     def _stay_in_place(self) -> bool:
         """Whether gradients are not reduced, nor copied for it: of one rank (`gradients.kept_on_one_rank`)."""
-        alone = self.world_size == 1 and self._stage < 3 and self.settings.plain_sums
-        return alone and not (self._offloads or self.plain)
+        return self._alone and self.settings.plain_sums
+
+    @property
+    def _alone(self) -> bool:
+        """Whether stages 1 and 2 have nothing to overlap on one rank, where LISA turns overlap_comm off."""
+        return self.world_size == 1 and self._stage < 3 and not (self._offloads or self.plain)
 
     @property
     def _overlaps(self) -> bool:
         """Whether stages 1 and 2 reduce gradients beside the backward pass, for which they have a second bucket."""
-        return self.settings.overlap_comm and self._stage < 3 and not self._stay_in_place
+        return self.settings.overlap_comm and self._stage < 3 and not self._alone
 
     @property
     def _bucket_bytes(self) -> int:
@@ -383,7 +387,8 @@ class StepPlan:
         if self._stage == 3:
             return backward_peak(self._trace, Reduction(**sizes))
         sizes |= {"slices": slices_by_rank(self.groups, self._stage, self.world_size)}
-        follow = backward_peak if self._stage == 2 or self.settings.overlap_comm else backward_peak_stage_1
+        as_they_arrive = self._overlaps or (self.settings.overlap_comm and self._stay_in_place)
+        follow = backward_peak if self._stage == 2 or as_they_arrive else backward_peak_stage_1
         peaks = [
             follow(
                 self._trace,

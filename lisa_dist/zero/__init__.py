@@ -68,9 +68,12 @@ average_tensor: gradients.py, stages 1 and 2 without optimizer offload
     With overlap_comm lets the memory of a gradient go that is larger than the bucket, while it is reduced. Instead
     it stays. Wrong without: on three ranks it is written over (docs/upstream/overlap_comm_race.md).
     test_a_loop_has_no_problem
-reduce_independent_p_g_buckets_and_remove_grads, overlap_comm: gradients.py, stages 1 and 2 on one rank
-    Copies each gradient, divides it by 1, and waits for that. Instead it stays where it is. Counted: each gradient
-    copied and divided, and one wait, in every step. test_a_gradient_of_one_rank_is_not_copied
+reduce_independent_p_g_buckets_and_remove_grads: gradients.py, stages 1 and 2 on one rank, without optimizer offload
+    Copies each gradient and divides it by 1. Instead it stays where it is. Counted: each gradient copied and divided
+    in every step. test_a_gradient_of_one_rank_is_not_copied
+overlap_comm: overrides.py, stages 1 and 2 on one rank, without optimizer offload
+    Has a second bucket, and waits for the device at the end of the backward pass. Instead there is one bucket.
+    Counted: one wait in every step. test_one_rank_has_one_bucket
 get_all_grad_tensors, get_flat_partition, zero_grad: embedding_rows.py, LisaAdamW on stages 1 and 2, without offload
     Has the gradient of an embedding whole, on each rank. Instead the rows that occur, each at the ranks whose
     pieces it is in. Peak: 0.98 GiB of 23.41 of llama3_8b_24gb (4.2%). test_rows_train_as_whole_gradients_do

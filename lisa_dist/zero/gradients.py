@@ -111,8 +111,7 @@ def kept_until_reduced(zero: Any) -> Callable[..., None]:
 def kept_on_one_rank(zero: Any) -> dict[str, Any]:
     """Replace the reduction of stages 1 and 2 where a rank is alone: a gradient stays where it is.
 
-    DeepSpeed copies it to the bucket or, where it is larger, to itself, and divides it by 1. Nothing overlaps either:
-    without overlap_comm there is no wait for the device at the end, and no second bucket.
+    DeepSpeed copies it to the bucket or, where it is larger, to itself, and divides it by 1.
     """
 
     def keep(param: torch.nn.Parameter, group_index: int) -> None:
@@ -121,7 +120,7 @@ def kept_on_one_rank(zero: Any) -> dict[str, Any]:
             assert not zero.params_already_reduced[key], "a gradient is computed twice"
             zero.params_already_reduced[key] = True
 
-    return {"reduce_independent_p_g_buckets_and_remove_grads": keep, "overlap_comm": False}
+    return {"reduce_independent_p_g_buckets_and_remove_grads": keep}
 
 
 def sent_in_chunks(zero: Any) -> dict[str, Callable[..., Any]]:

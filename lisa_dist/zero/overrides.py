@@ -62,8 +62,12 @@ def override_optimizer(
         replacements["average_tensor"] = gradients.kept_until_reduced(zero)
         if zero.gradient_accumulation_dtype == zero.dtype:  # else DeepSpeed adds them up where they stay
             replacements["copy_grads_in_partition"] = gradients.kept_by_themselves(zero)
-    if torch.distributed.get_world_size() == 1 and embedding_rows.reduces_plainly(zero, stage):
-        replacements |= gradients.kept_on_one_rank(zero)
+    if torch.distributed.get_world_size() == 1 and not (stage.is_stage_3 or stage.offloads_optimizer(zero)):
+        # There is nothing to overlap, only a second bucket and a wait for the device. Under offload gradients are
+        # copied to the host beside the backward pass.
+        replacements["overlap_comm"] = False
+        if embedding_rows.reduces_plainly(zero, stage):
+            replacements |= gradients.kept_on_one_rank(zero)
     if stage.offloads_optimizer(zero):
         if not stage.is_stage_3:
             replacements |= gradients.sent_in_chunks(zero)

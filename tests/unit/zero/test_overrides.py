@@ -94,6 +94,31 @@ def test_a_gradient_of_one_rank_is_not_copied(stage):
     assert own["aten::clone"] < by_deepspeed["aten::clone"]
 
 
+def buckets_of_a_step(stage: str, settings: dict) -> list:
+    """Whether there is a second bucket, and the weights after two periods of a step each."""
+    config = lisa_dist.load_ds_config(stage, model=tiny_llama()) | settings
+    model = tiny_llama().to(torch.bfloat16)
+    engine, lisa = lisa_dist.initialize(model, config, lisa_dist.LisaConfig(lisa_interval_steps=1))
+    for batch in token_batches(2, rows=2):
+        lisa.on_step_begin()
+        train_step(engine, lisa, batch)
+    has_second_bucket = engine.optimizer.overlap_comm
+    weights = [parameter.detach().float().sum().item() for parameter in model.parameters()]
+    engine.destroy()
+    return [has_second_bucket, weights]
+
+
+@pytest.mark.parametrize("settings", [{}, {"data_types": {"grad_accum_dtype": "fp32"}}])
+def test_one_rank_has_one_bucket(settings):
+    bf16 = {"bf16": {"enabled": True}} | settings
+    [(has_second_bucket, weights)] = run_ranks(buckets_of_a_step, 1, "zero2", bf16)
+    assert not has_second_bucket
+    [(_, without_overlap)] = run_ranks(
+        buckets_of_a_step, 1, "zero2", bf16 | {"zero_optimization": {"stage": 2, "overlap_comm": False}}
+    )
+    assert weights == without_overlap
+
+
 @pytest.mark.parametrize("clip_grad", [0.0, 0.3])
 def test_the_scale_of_stage_3_is_deepspeeds(clip_grad):
     """DeepSpeed's own multiplies the gradient that it finds at the master of a sub-group."""
