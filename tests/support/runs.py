@@ -129,3 +129,8 @@ def check_run(said: str, out: Path, periods_begin: list[int]) -> None:
     assert {"generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= saved
     assert "lisa_run.lock" not in saved, "the folder is released"
     assert {"report.html", "report", "lisa_run.json", "lisa_memory.json", "lisa_movement.jsonl"} <= saved
+
+
+def python_files(folder: Path) -> list[Path]:
+    """Return the modules below a folder, without those behind links to other folders of the project."""
+    return [path for path in sorted(folder.rglob("*.py")) if not any(parent.is_symlink() for parent in path.parents)]

@@ -6,7 +6,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from size import python_files
+from runs import python_files
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lisa_dist"

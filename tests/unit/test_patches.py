@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from runs import ROOT
-from size import python_files
+from runs import ROOT, python_files
 from torch import nn
 
 from lisa_dist.patches import PATCHES, patch, patched
