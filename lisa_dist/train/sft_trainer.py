@@ -17,6 +17,7 @@ from lisa_dist.loss.liger import add_liger_loss
 from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
 from lisa_dist.train.attention import documents_see_each_other, packs_documents
 from lisa_dist.train.monitoring import MonitoredMixin
+from lisa_dist.train.repeated_rows import leave_out_labels
 from lisa_dist.train.trainer import LisaMixin
 from lisa_dist.zero.stage3 import asking, forget_module_order
 
@@ -108,6 +109,10 @@ class _SFTMixin(MonitoredMixin):
             add_label_logits(model)
         elif loss == LIGER:
             add_liger_loss(model)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Trainer's loader. Rows that it repeats for ranks to have equally many have no labels."""
+        return leave_out_labels(super()._get_dataloader(*args, **kwargs))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's. Its loss in chunks gathers the head by itself, where training's order would prefetch it."""
