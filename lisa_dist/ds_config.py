@@ -163,6 +163,11 @@ def fill_secondary_partitions(config: dict, ranks_of_hosts: Sequence[int], has_r
         )
 
 
+def shares_weights(config: dict) -> bool:
+    """Whether the ranks of a host have a copy of all weights between them."""
+    return ((config.get("zero_optimization") or {}).get(_HPZ) or 1) != 1
+
+
 def fill_layer_gathers(config: dict, largest_layer: int | None, hidden_size: int) -> bool:
     """Whether ZeRO-3 is to gather a decoder layer at once, and if so have it prefetch one, and no more, ahead.
 

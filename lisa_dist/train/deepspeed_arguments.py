@@ -1,7 +1,7 @@
 """What `TrainingArguments` do when they are made with `deepspeed=FILE` under a launcher, for others, and later."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,19 @@ from lisa_dist.distributed.health import ranks_of_hosts
 from lisa_dist.distributed.ranks import set_rank
 from lisa_dist.ds_config import fill_secondary_partitions, find_ds_config
 from lisa_dist.errors import UserError
+from lisa_dist.tasks import GRPO, KTO, has_reference
 from lisa_dist.zero.cpu_ops import guard_builds, start_deepspeed
 
 # What `accelerate launch --use_deepspeed` has for the arguments.
 _OF_ACCELERATE = ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
 
-def begin_deepspeed(arguments: Iterable[Any], given: str | dict | None) -> None:
+def begin_deepspeed(arguments: Sequence[Any], given: str | dict | None, trainer: str | None = None) -> None:
     """Have the training arguments among a Trainer's own train under DeepSpeed, and DeepSpeed know of the ranks.
 
     `given`: a short name, a path or the content of a config; zero2 where neither it nor the arguments have one. Without
-    a launcher this process is the only rank. Raises UserError where there are two configs, or no arguments for one.
+    a launcher this process is the only rank. `trainer` is the name of TRL's trainer, if it is one that may load a
+    reference model. Raises UserError where there are two configs, or no arguments for one.
     """
     guard_builds()
     args = next((one for one in arguments if isinstance(one, TrainingArguments)), None)
@@ -40,7 +42,15 @@ def begin_deepspeed(arguments: Iterable[Any], given: str | dict | None) -> None:
         # Accelerate has started gloo for CPU ranks, but DeepSpeed must know of it before it loads a model in parts.
         start_deepspeed()
     if (ours := getattr(args, "hf_deepspeed_config", None)) is not None:  # by which the Trainer may load its model
-        fill_secondary_partitions(ours.config, ranks_of_hosts())
+        fill_secondary_partitions(ours.config, ranks_of_hosts(), _has_reference(arguments, args, trainer))
+
+
+def _has_reference(arguments: Sequence[Any], args: Any, trainer: str | None) -> bool:
+    """Whether a trainer is given a second model, or loads one to compare with."""
+    if sum(isinstance(one, torch.nn.Module) for one in arguments) > 1:
+        return True
+    task = {"DPOTrainer": "dpo", "KTOTrainer": KTO, "GRPOTrainer": GRPO, "RLOOTrainer": GRPO}.get(trainer or "", "")
+    return has_reference(task, "lisa", getattr(args, "beta", None), getattr(args, "precompute_ref_log_probs", False))
 
 
 def _use_deepspeed(args: Any, given: str | dict | None) -> None:

@@ -35,7 +35,7 @@ from lisa_dist.distributed.health import ComputeTime, describe_ranks
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import HANG_TIMEOUT, Watchdog
-from lisa_dist.ds_config import uses_optimizer_offload
+from lisa_dist.ds_config import shares_weights, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.files import write_json
 from lisa_dist.loss.liger import check_liger
@@ -52,7 +52,7 @@ from lisa_dist.train.model_header import describe_training
 from lisa_dist.train.monitoring import MonitoredMixin, lisa_metrics
 from lisa_dist.train.rollouts import Rollouts
 from lisa_dist.train.step_memory import StepWorkload, bytes_of_any_gpu
-from lisa_dist.zero.parameters import local_tensors
+from lisa_dist.zero.parameters import is_partitioned, local_tensors
 
 
 class LisaMixin(MonitoredMixin):
@@ -102,7 +102,7 @@ class LisaMixin(MonitoredMixin):
         self._save_async = save_async
         check_eval_frozen_bits(eval_frozen_bits, self.lisa_config)
         self._evaluates_originals = eval_frozen_bits == 16
-        begin_deepspeed([*args, *kwargs.values()], deepspeed)
+        begin_deepspeed([*args, *kwargs.values()], deepspeed, resume.task_trainer_of(type(self)))
         super().__init__(*args, **kwargs)
         self._optim = optim or self.args.optim.value
         optimizers = self.optimizer, self.optimizer_cls_and_kwargs
@@ -279,6 +279,13 @@ class LisaMixin(MonitoredMixin):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, for an evaluation and a prediction, with what frozen layers are to be evaluated as."""
+        is_whole = not any(is_partitioned(parameter) for parameter in self.model.parameters())
+        if self.deepspeed is None and is_whole and shares_weights(self._ds_config):
+            raise UserError(
+                "evaluate() before train() with zero_hpz_partition_size: DeepSpeed forms the groups of ranks as it "
+                "loads a model, and this one was loaded before the training arguments. Give the model by its name, "
+                "load it after them, or train first."
+            )
         frozen = self.lisa.frozen_layers if self.lisa is not None and self._evaluates_originals else None
         with frozen.exact() if frozen else contextlib.nullcontext():
             return super().evaluation_loop(*args, **kwargs)

@@ -9,17 +9,27 @@ from unittest.mock import patch
 import deepspeed
 import pytest
 import torch
+from datasets import Dataset
 from engines import full_weights, train_step
-from models import tiny_llama, token_batches
+from models import save_tiny_llama, tiny_llama, tiny_tokenizer, token_batches
 from ranks import run_ranks
 from torch import distributed as dist
+from trainers import cpu_arguments, lisa_trainer, rows_of
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import DPOConfig, DPOTrainer
 
 import lisa_dist
+from lisa_dist import LisaMixin
 from lisa_dist.checkpoint.resume import load_checkpoint
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.ds_config import fill_secondary_partitions, read_ds_config
 from lisa_dist.zero.parameters import parameter_numel
 from lisa_dist.zero.stage3 import drop_prefetched
+
+
+class Preferences(LisaMixin, DPOTrainer):
+    """LISA in TRL's trainer, which loads a second model to compare with."""
+
 
 STEPS, INTERVAL, SAVED = 12, 3, 7  # three switches, and a checkpoint in the middle of a period
 
@@ -143,3 +153,40 @@ def test_other_numbers_than_a_host_s_ranks_are_refused(size, hosts):
         ValueError, match=rf"zero_hpz_partition_size = {json.dumps(size)}: .* have {listed} ranks; make it"
     ):
         fill_secondary_partitions(config_of(size), hosts)
+
+
+def train_on_preferences(folder: str) -> float:
+    unset_hf_deepspeed_config()
+    rows = Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e f"}] * 8)
+    with patch.dict(os.environ, {"SLURMD_NODENAME": f"host{dist.get_rank() // 2}"}):
+        args = cpu_arguments(folder, DPOConfig, max_steps=2, per_device_train_batch_size=1, bf16=False)
+        trainer = Preferences(
+            model=f"{folder}/model",
+            args=args,
+            train_dataset=rows,
+            processing_class=tiny_tokenizer(),
+            lisa_config=lisa_dist.LisaConfig(lisa_interval_steps=1),
+            deepspeed="zero3_hpz",
+        )
+        trainer.train()
+    assert trainer.ref_model is not None
+    return trainer.state.log_history[0]["loss"]
+
+
+def test_a_trainer_with_a_reference_model_does_not_share_weights(tmp_path):
+    """DeepSpeed makes the groups of ranks once, and fails for the second model."""
+    save_tiny_llama(tmp_path / "model")
+    assert len(set(run_ranks(train_on_preferences, 4, str(tmp_path)))) == 1
+
+
+def evaluate_first(folder: str) -> str:
+    rows = rows_of(token_batches(2, rows=4))
+    with patch.dict(os.environ, {"SLURMD_NODENAME": f"host{dist.get_rank() // 2}"}):
+        trainer = lisa_trainer(folder, rows, {"deepspeed": read_ds_config("zero3_hpz")}, eval_dataset=rows)
+        with pytest.raises(ValueError, match="this one was loaded before the training arguments") as refused:
+            trainer.evaluate()
+    return str(refused.value)
+
+
+def test_an_evaluation_before_training_is_refused(tmp_path):
+    assert all(run_ranks(evaluate_first, 4, str(tmp_path)))
