@@ -244,8 +244,12 @@ def gathered_weights(
     gathered = distance = 0
     let_go = active = sum(parameter.numel() for parameter in trained)
     backward = [list(block.parameters.values())[::-1] for block in reversed(order)]
-    for together in backward if by_layers else [[parameter] for params in backward for parameter in params]:
-        if 2 * distance >= max_reuse_distance:
+    gathers = backward if by_layers else [[parameter] for params in backward for parameter in params]
+    # The prefetch of the last layer has seen that the backward pass begins with it and the head: both stay, whatever
+    # the distance is.
+    always = len(order) - order.index(run.blocks.rest) + 1 if by_layers else 0
+    for number, together in enumerate(gathers):
+        if 2 * distance >= max_reuse_distance and number >= always:
             break
         distance += sum(parameter.numel() for parameter in together)
         gathered += sum(one.numel() for one in together if one.numel() > persistence_threshold)

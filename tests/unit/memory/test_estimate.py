@@ -162,6 +162,8 @@ SETTINGS = [
     full("zero3", 2, torch.bfloat16, {"tied": True, "checkpointing": True}),
     ("zero3", 2, torch.bfloat16, {"checkpointing": True, "words": 8192, "zero": BOUNDED}),
     ("zero3", 2, torch.bfloat16, {"checkpointing": True, "zero": {"stage3_max_live_parameters": 61_000}}),
+    ("zero3", 2, torch.bfloat16, {"zero": {"stage3_max_reuse_distance": 0}}),
+    ("zero3", 2, torch.bfloat16, FROZEN | {"zero": {"stage3_max_reuse_distance": 0}}),
     ("zero2", 2, torch.bfloat16, {"accumulation": 2}),
     ("zero2", 2, torch.bfloat16, {"lisa_offload": "embed,head"}),
     full("zero1", 1, torch.float32, LISA_ADAMW | {"words": 8192}),
