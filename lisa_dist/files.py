@@ -170,6 +170,16 @@ def naming_lost_files(folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def warning_of_failure(what: str) -> Iterator[None]:
+    """Print a warning instead of raising what code that describes a run may raise: it never costs a model."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        why = in_one_line(error) or type(error).__name__
+        print(f"warning: {what} could not be written ({why}); weights and checkpoints are not affected.", flush=True)
+
+
 def is_disk_error(error: BaseException) -> bool:
     """Whether a file system refused a write; some writers report it in exceptions of their own kinds."""
     messages = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]

@@ -22,6 +22,7 @@ MEMORY_NAME = "lisa_memory.json"  # one step, planned and measured
 NORMS_NAME = "lisa_norms.csv"  # a line for each block
 IDENTITY_NAME = "lisa_identity.json"  # of a checkpoint of a trainer: what makes its run this run
 STATE_NAME = "lisa_state.json"  # of a checkpoint: all but weights and optimizer states
+TRAINER_CHECKPOINT_NAME = "lisa_checkpoint.json"  # of a checkpoint of --method full or lora: its files and their sums
 ADAPTER_FILE = "adapter/adapter_model.safetensors"  # of a checkpoint or an exported model, with PEFT's config
 TRAINER_STATE_NAME = "trainer_state.json"  # transformers.trainer's, which takes long to import
 # The columns of lisa_norms.csv after the block, and one more of runs with adapters.
@@ -211,11 +212,8 @@ def append_line(path: Path, line: dict, keep: Callable[[dict], bool] | None = No
 STATE_FORMAT = 1  # of lisa_state.json
 # What is read of a checkpoint's state before an engine is there; of one of a newer format, that it is one.
 _ANY_STATE = {"format": count, "saved_at": number, "versions": {"lisa_dist": str}}
-_STATE = _ANY_STATE | {
-    "world_size": count,
-    "lisa": {"config": dict},
-    "files": Each({"bytes": count, "sha256": str}),
-}
+_FILES = {"world_size": count, "files": Each({"bytes": count, "sha256": str})}
+_STATE = _ANY_STATE | _FILES | {"lisa": {"config": dict}}
 
 
 def check_state(folder: Path) -> dict[str, Any]:
@@ -233,4 +231,13 @@ def check_state(folder: Path) -> dict[str, Any]:
         )
     if found := found or misfit(state, _STATE):
         raise DamagedError(f"{path} is damaged, or not of a LISA run: {found}.")
+    return state
+
+
+def check_trainer_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's lisa_checkpoint.json. Raises DamagedError if it is damaged."""
+    path = folder / TRAINER_CHECKPOINT_NAME
+    state = read_json(path)
+    if found := misfit(state, {"saved_at": number} | _FILES):
+        raise DamagedError(f"{path} is damaged: {found}.")
     return state

@@ -5,6 +5,7 @@ is whole. One that is replaced or deleted is renamed first, so that half a check
 of the run, so that two runs that save in one folder do not write into each other's.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -15,12 +16,13 @@ from pathlib import Path
 from lisa_dist.distributed.collectives import gather, together
 from lisa_dist.distributed.run_lock import is_held, run_id
 from lisa_dist.files import DamagedError, make_durable, read_json, set_mode_by_umask
-from lisa_dist.run_folder import STATE_NAME
+from lisa_dist.run_folder import STATE_NAME, TRAINER_CHECKPOINT_NAME
 
 # Prefixes of folders that are no checkpoints: being written, about to be replaced, being deleted.
 _STAGING, _REPLACED, _DOOMED = "tmp-", "tmp-replaced-", "tmp-deleted-"
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # \d has the digits of every script
 _LEFTOVER = re.compile(rf"(?:{_STAGING}|{_REPLACED}|{_DOOMED})(checkpoint-[0-9]+)(?:-([0-9a-f]+))?")
+_OF_RUNS = (STATE_NAME, TRAINER_CHECKPOINT_NAME)  # one of them is in every checkpoint of a run
 _QUIET = 3600.0  # seconds after which nobody goes on writing to a folder
 
 
@@ -86,14 +88,19 @@ def _remove(path: Path) -> None:
 
 def checkpoints_by_age(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder as rank 0 sees them, last saved first; every rank calls it."""
+    return gather(list_checkpoints(output_dir))[0]
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints in a folder as this rank sees them, last saved first."""
     checkpoints = sorted((_saved_at(path), step, path) for path, step in _checkpoints_in(output_dir))
-    return [path for *_, path in reversed(gather(checkpoints)[0])]
+    return [path for *_, path in reversed(checkpoints)]
 
 
 def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None = None) -> None:
     """Delete the oldest checkpoints next to `newest`, which was just written, until `limit` are left; on one rank.
 
-    `newest` and `best` always stay, and what is no checkpoint of a LISA run: links, folders without its state. Later
+    `newest` and `best` always stay, and so do links and folders that no run of `lisa-dist` has written. Later
     steps than `newest`'s go first: a run that was resumed from an earlier step left them behind.
     """
     if limit is None or limit < 1:
@@ -102,7 +109,7 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None = None
     steps = {
         path: step
         for path, step in _checkpoints_in(newest.parent)
-        if (path / STATE_NAME).is_file() and not path.is_symlink() and path.resolve() not in kept
+        if any((path / name).is_file() for name in _OF_RUNS) and not path.is_symlink() and path.resolve() not in kept
     }
     newest_step = _step_of(newest)
     assert newest_step is not None, f"{newest} is no checkpoint's name"
@@ -131,8 +138,8 @@ def _step_of(folder: Path) -> int | None:
 
 
 def _saved_at(folder: Path) -> float:
-    try:
-        saved_at: float = read_json(folder / STATE_NAME)["saved_at"]
-        return saved_at
-    except DamagedError:  # `find_checkpoint` reports it when it comes to this checkpoint
-        return folder.stat().st_mtime
+    for name in _OF_RUNS:
+        with contextlib.suppress(DamagedError):  # reported when a resume comes to this checkpoint
+            saved_at: float = read_json(folder / name)["saved_at"]
+            return saved_at
+    return folder.stat().st_mtime

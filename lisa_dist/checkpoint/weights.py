@@ -97,7 +97,7 @@ def write_weights(
                     places = {name: place for files, _ in written for name, place in files.items()}
                     write_index(path, places, sum(nbytes for _, nbytes in written))
                 names = [*names, SAFE_WEIGHTS_INDEX_NAME]
-            _remove_weights(folder, except_names=names)  # those of an earlier save
+            remove_weights(folder, except_names=names)  # those of an earlier save
 
 
 def _gather_shard(
@@ -137,12 +137,12 @@ def save_without_weights(save: Callable[[str], None], folder: Path) -> None:
         finally:
             if was_enabled:
                 logging.enable_progress_bar()
-        _remove_weights(Path(staging))
+        remove_weights(Path(staging))
         shutil.copytree(staging, folder, dirs_exist_ok=True)
     set_mode_by_umask(folder)  # copytree has given it the mode of the temporary one
 
 
-def _remove_weights(folder: Path, except_names: Sequence[str] = ()) -> None:
+def remove_weights(folder: Path, except_names: Sequence[str] = ()) -> None:
     for path in (*folder.glob("model*.safetensors"), folder / SAFE_WEIGHTS_INDEX_NAME):
         if path.name not in except_names:
             path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from lisa_dist.commands import exit_on_error
 from lisa_dist.distributed.launching import end_process, launch_if_asked
 from lisa_dist.distributed.signals import catch_stop_signals
-from lisa_dist.errors import UserError
+from lisa_dist.files import warning_of_failure
 from lisa_dist.flags import first_argument_as, task_of
 from lisa_dist.run.arguments import parse_arguments, run_parser
 from lisa_dist.run.quiet import leave_out_bars_of_other_ranks, leave_out_useless_words
@@ -27,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         guard_builds()  # which parsing may begin: it starts the process group
         config = apply_preset(parse_arguments(argv), run_parser(task_of(argv)).given(argv))
         leave_out_bars_of_other_ranks()
-        if config.run.method == "lisa":
-            catch_stop_signals()
+        catch_stop_signals()
         finished = run(config, argv)
         if finished is not None:  # and no other rank waits for this one
             _write_report(finished)
@@ -49,10 +48,8 @@ def _in_one_line(failed: threading.ExceptHookArgs) -> None:
 
 
 def _write_report(folder: Path) -> None:
-    """Write the report of a run that has ended; its model is saved already, so a full disk is no error."""
-    from lisa_dist.report.html import write_report  # matplotlib is for rank 0, and for the end
+    """Write the report of a run that has ended and whose model is saved."""
+    with warning_of_failure(f"the report in {folder}"):
+        from lisa_dist.report.html import write_report  # matplotlib is for rank 0, and for the end
 
-    try:
         print(f"wrote {write_report(folder)}", flush=True)
-    except (OSError, UserError) as error:
-        print(f"{folder}: the report could not be written ({error})", flush=True)

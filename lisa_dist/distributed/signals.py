@@ -56,7 +56,7 @@ class StopSignals:
         self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> "StopSignals":
-        if dist.get_backend() != "gloo":
+        if dist.is_initialized() and dist.get_backend() != "gloo":
             self._group = gloo_group()
         self._previous = catch_stop_signals()
         # Of a process that ends with the run Ctrl-C too. In a notebook or a script it stays an exception, and before
@@ -76,7 +76,8 @@ class StopSignals:
     def agree(self) -> str | None:
         """The name of a signal that any rank has received, on every rank; each calls it after the same step."""
         number = torch.tensor([_received[0][0] if _received else 0])
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
+        if dist.is_initialized():
+            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
         self.stopped_by = signal.Signals(int(number)).name if number else None
         return self.stopped_by
 

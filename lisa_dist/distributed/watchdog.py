@@ -77,7 +77,7 @@ class Watchdog:
     def __init__(self, timeout: float):
         self._timeout = timeout
         self._silence = min(timeout, _SILENCE)
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._on = timeout > 0 and self._world_size > 1
         self._beats, self._last_beat = 0, time.monotonic()
         self._steps_ended = False

@@ -12,11 +12,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, get_scheduler
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from trl import SFTConfig
 
 from lisa_dist.checkpoint.resume import has_only_weights
+from lisa_dist.checkpoint.trainer_checkpoint import newest_trainer_checkpoint
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.adapters import add_adapters
@@ -45,9 +45,11 @@ from lisa_dist.run_folder import (
     ADAPTER_FILE,
     RUN_NAME,
     STATE_NAME,
+    TRAINER_CHECKPOINT_NAME,
     TRAINER_STATE_NAME,
     check_overwrites,
     check_state,
+    check_trainer_checkpoint,
     read_object,
 )
 from lisa_dist.shapes import misfit
@@ -130,8 +132,6 @@ def _check_other_method(config: RunConfig) -> None:
     for_lisa = f"with --method {method}: it is for --method lisa;"
     if config.lisa.frozen_flags:
         raise UserError(f"{config.lisa.frozen_flags[0]} {for_lisa} leave it out.")
-    if training.resume_from_checkpoint == "auto":
-        raise UserError(f"--resume_from_checkpoint auto: --method {method} takes a folder or true.")
     if training.optim is LisaOptimizerNames.LISA_ADAMW:
         raise UserError(f"--optim lisa_adamw {for_lisa} give another, such as adamw_torch_fused.")
 
@@ -304,10 +304,15 @@ def _newest(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _check_other(wanted: str | bool | None, output_dir: Path, method: str) -> None:
     """Check a checkpoint of --method full or lora, which is the Trainer's own."""
-    last = get_last_checkpoint(output_dir) if wanted is True and output_dir.is_dir() else wanted
-    if last in (None, True):
-        raise UserError(f"--resume_from_checkpoint true: there is no checkpoint in --output_dir {output_dir}.")
-    folder = Path(str(last))
+    last = newest_trainer_checkpoint(output_dir) if wanted in (True, "auto") else Path(str(wanted))
+    if last is None and wanted is True:
+        raise UserError(
+            f"--resume_from_checkpoint true: there is no whole checkpoint in --output_dir {output_dir}; leave it out, "
+            "or give auto, to begin at step 0."
+        )
+    if last is None:
+        return
+    folder = last
     flag = f"--resume_from_checkpoint {folder} with --method {method}"
     if not folder.is_dir():
         raise UserError(f"{flag}: no such folder.")
@@ -319,6 +324,13 @@ def _check_other(wanted: str | bool | None, output_dir: Path, method: str) -> No
     if not (folder / TRAINER_STATE_NAME).is_file():
         raise UserError(f"{flag}: there is no {TRAINER_STATE_NAME} in it; give a checkpoint that a trainer has saved.")
     read_object(folder / TRAINER_STATE_NAME)
+    if (folder / TRAINER_CHECKPOINT_NAME).exists():
+        ranks, of_run = int(os.environ.get("WORLD_SIZE", 1)), check_trainer_checkpoint(folder)["world_size"]
+        if of_run != ranks:
+            raise UserError(
+                f"{flag}: its run had {of_run} ranks, and this one has {ranks}. DeepSpeed's optimizer states load on "
+                f"the same number of ranks only. Start {of_run} ranks."
+            )
 
 
 # Sizes in a model's configuration.

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from lisa_dist.run_folder import ANSWERS_NAME
-from lisa_dist.train.monitoring import MonitoredMixin
+from lisa_dist.train.run_mixin import RunMixin
 from lisa_dist.turns import as_taken, takes_parts
 from lisa_dist.zero.stage3 import asking
 
@@ -16,7 +16,7 @@ from lisa_dist.zero.stage3 import asking
 class SampleCallback(TrainerCallback):
     """Answers prompts before and after training; all ranks take part, as ZeRO-3 gathers weights for it."""
 
-    def __init__(self, trainer: MonitoredMixin, prompts: Sequence[str]):
+    def __init__(self, trainer: RunMixin, prompts: Sequence[str]):
         self._trainer = trainer
         self._prompts = prompts
 

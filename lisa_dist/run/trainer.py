@@ -24,17 +24,17 @@ from lisa_dist.run.settle import Settled
 from lisa_dist.run.task_configs import refused_upstream
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT
 from lisa_dist.text import in_one_line
+from lisa_dist.train.baseline import BaselineMixin
 from lisa_dist.train.callbacks import BestMetric
 from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.layer_norms import LayerNorms
-from lisa_dist.train.monitoring import MonitoredMixin
 from lisa_dist.train.sft_trainer import BaselineTrainer, LisaTrainer
 from lisa_dist.train.trainer import LisaMixin
 
 
 def _with_mixins(trainer: Any) -> tuple[Any, Any]:
     name = trainer.__name__
-    return type(f"Lisa{name}", (LisaMixin, trainer), {}), type(f"Baseline{name}", (MonitoredMixin, trainer), {})
+    return type(f"Lisa{name}", (LisaMixin, trainer), {}), type(f"Baseline{name}", (BaselineMixin, trainer), {})
 
 
 # By task: trained by LISA, and the one of --method full and lora, which logs what a LISA run logs.
@@ -94,6 +94,7 @@ def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
         "train_dataset": data.train.as_dataset() if isinstance(data.train, Stream) else data.train,
         "eval_dataset": data.held_out,
         "processing_class": processing,
+        "hang_timeout": config.run.hang_timeout,
     }
     if config.run.task == SFT:
         arguments["loss"] = settled.loss
@@ -103,7 +104,6 @@ def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
     if config.run.method == "lisa":
         arguments |= {
             "lisa_config": config.lisa,
-            "hang_timeout": config.run.hang_timeout,
             "checkpointed_layers": config.run.checkpointed_layers,
             "gpu_memory": config.run.gpu_memory,
             "layers_are_planned": bool(settled.layers_line),

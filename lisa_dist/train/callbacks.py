@@ -42,11 +42,10 @@ class StepsLog(TrainerCallback):
         append_line(Path(str(args.output_dir)) / STEPS_NAME, state.log_history[-1], keep)
 
 
-class LisaSteps(TrainerCallback):
-    """Switches layers, measures memory and ends the run on a signal, each at its event.
+class RunSteps(TrainerCallback):
+    """Ends a run of any method on a signal, with a checkpoint.
 
-    Every event of training, evaluation and saving is a heartbeat: the watchdog sees that this rank is alive. The
-    `trainer` is a LisaMixin, whose controller and memory are there once training begins.
+    Every event of training, evaluation and saving is a heartbeat: the watchdog sees that this rank is alive.
     """
 
     def __init__(self, trainer: Any, signals: StopSignals, watchdog: Watchdog):
@@ -55,7 +54,30 @@ class LisaSteps(TrainerCallback):
     def _beat(self, *args: Any, **kwargs: Any) -> None:
         self._watchdog.beat()
 
-    on_substep_end = on_prediction_step = on_save = _beat
+    on_train_begin = on_step_begin = on_substep_end = on_prediction_step = on_save = _beat
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """On a signal have the run save and stop."""
+        self._watchdog.beat()  # a save may follow
+        if self._signals.agree() is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # the time that is left is for the save
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Do not evaluate when a signal has ended the run."""
+        if self._signals.stopped_by is not None:
+            control.should_evaluate = False
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the step timeout."""
+        self._watchdog.end_steps()
+
+
+class LisaSteps(RunSteps):
+    """Switches layers and measures memory too.
+
+    The `trainer` is a LisaMixin, whose controller and memory are there once training begins.
+    """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Print the layers of the first period."""
@@ -70,25 +92,18 @@ class LisaSteps(TrainerCallback):
         self._trainer.memory.begin_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Check that losses are finite; on a signal have the run save and stop."""
+        """Check that losses are finite, before a signal has the run save."""
         self._watchdog.beat()
         message = self._trainer.memory.end_step(state.global_step - 1)
         if message is not None and args.should_log:
             print(message, flush=True)
-        self._watchdog.beat()  # a plan may have been made, and a save may follow
+        self._watchdog.beat()  # a plan may have been made
         self._trainer.lisa.check_finite()
-        if self._signals.agree() is not None:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # the time that is left is for the save
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Do not evaluate when a signal has ended the run."""
-        if self._signals.stopped_by is not None:
-            control.should_evaluate = False
+        super().on_step_end(args, state, control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop the step timeout and close the logs; report the memory of a run that was not stopped."""
-        self._watchdog.end_steps()
+        """Close the logs; report the memory of a run that was not stopped."""
+        super().on_train_end(args, state, control)
         self._trainer.lisa.close()
         if self._signals.stopped_by is None and state.is_world_process_zero:
             self._trainer.memory.write_report(str(args.output_dir))

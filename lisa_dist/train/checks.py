@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from lisa_dist.ds_config import cuts_weights
 from lisa_dist.errors import UserError
 from lisa_dist.optim.ops import why_no_compiler
 
-# Arguments that LISA does without, and why.
+# Arguments that LISA refuses, and the reasons.
 _REFUSED = {
     "auto_find_batch_size": "a smaller batch would need a new run",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 save a checkpoint anyway",
     "save_only_model": "a LISA checkpoint holds what a resume needs, which is little",
     "save_on_each_node": "all ranks write one checkpoint together, in a folder that every node sees",
 }
+_REFUSED_BY_ALL = ("enable_jit_checkpoint", "save_on_each_node")  # whatever the method
 _MOVED = "CUDA graphs hold the addresses of weights, which a switch moves"
 
 
@@ -37,6 +38,13 @@ def check_numbers_of_examples(training: object, evaluation: object) -> None:
     datasets = {"training": training, "evaluation": evaluation}
     sizes = {f"the number of {name} examples": len(one) for name, one in datasets.items() if isinstance(one, Sized)}
     check_same_everywhere(sizes, "give every rank the same datasets: each takes its share of them")
+
+
+def check_saves(args: TrainingArguments, refused: Iterable[str] = _REFUSED_BY_ALL) -> None:
+    """Raise UserError for arguments that change how checkpoints are saved."""
+    for flag in refused:
+        if getattr(args, flag):
+            raise UserError(f"--{flag} True: {_REFUSED[flag]}; leave it out.")
 
 
 def check_precision(args: TrainingArguments) -> None:
@@ -146,9 +154,7 @@ def check_trainer(
             "--gradient_checkpointing_kwargs use_reentrant=True: reentrant checkpointing gives no gradients where "
             "the layers before it are inactive; use the default, use_reentrant=False."
         )
-    for flag, reason in _REFUSED.items():
-        if getattr(args, flag):
-            raise UserError(f"--{flag} True: {reason}; leave it out.")
+    check_saves(args, _REFUSED)
     if args.optim_args or optimizer_class is not None:
         raise UserError(
             f"--optim_args {args.optim_args} and optimizer_cls_and_kwargs have no effect under LISA: use "

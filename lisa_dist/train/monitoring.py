@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from lisa_dist.core.controller import LisaController
+from lisa_dist.files import warning_of_failure
 from lisa_dist.patches import patch
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.text import format_bytes
@@ -78,14 +79,10 @@ class MonitoredMixin(SequenceParallelMixin):
 
     write_card: Callable[..., object] | None = None  # of a run of lisa-dist: its model card, for the hub
 
-    @property
-    def stopped_by(self) -> str | None:
-        """The signal that ended training early, if one did."""
-        return None
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's or, of a run, one that says how it trained."""
-        (self.write_card or super().create_model_card)(*args, **kwargs)
+        """TRL's or, of a run, one that says how it trained. A card that fails is a warning."""
+        with warning_of_failure("the model card"):
+            (self.write_card or super().create_model_card)(*args, **kwargs)
 
     def _print(self, text: str | None) -> None:
         if text is not None and self.args.should_log:

@@ -16,6 +16,7 @@ from lisa_dist.loss.label_logits import add_label_logits, check_loss, why_no_lab
 from lisa_dist.loss.liger import add_liger_loss
 from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
 from lisa_dist.train.attention import documents_see_each_other, packs_documents
+from lisa_dist.train.baseline import BaselineMixin
 from lisa_dist.train.monitoring import MonitoredMixin
 from lisa_dist.train.repeated_rows import leave_out_labels
 from lisa_dist.train.trainer import LisaMixin
@@ -141,7 +142,7 @@ class LisaTrainer(_SFTMixin, LisaMixin, _StreamTrainer):
     """
 
 
-class BaselineTrainer(_SFTMixin, _StreamTrainer):
+class BaselineTrainer(_SFTMixin, BaselineMixin, _StreamTrainer):
     """TRL's SFTTrainer with the same parameters in every step, all or adapters; it logs what a LISA run logs.
 
     Raises ValueError as `LisaTrainer` does.

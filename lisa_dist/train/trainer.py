@@ -10,18 +10,15 @@ A step of the loop, which is the Trainer's own::
 
 import contextlib
 import functools
-import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer import SCHEDULER_NAME
 
-from lisa_dist.checkpoint.folders import rotate_checkpoints
 from lisa_dist.checkpoint.resume import check_pickles, load_checkpoint, start_from_weights
 from lisa_dist.checkpoint.save import end_save, finish_save, save_checkpoint
 from lisa_dist.checkpoint.weights import read_weights, save_without_weights, write_weights
@@ -32,9 +29,6 @@ from lisa_dist.core.engine_checks import check_eval_frozen_bits, check_no_adapte
 from lisa_dist.distributed.collectives import together
 from lisa_dist.distributed.devices import gpu_bytes_for_tensors
 from lisa_dist.distributed.health import ComputeTime, describe_ranks
-from lisa_dist.distributed.run_lock import one_run_in
-from lisa_dist.distributed.signals import StopSignals
-from lisa_dist.distributed.watchdog import HANG_TIMEOUT, Watchdog
 from lisa_dist.ds_config import shares_weights, uses_optimizer_offload
 from lisa_dist.errors import UserError
 from lisa_dist.files import write_json
@@ -49,13 +43,14 @@ from lisa_dist.train.checks import check_numbers_of_examples, check_trainer
 from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.train.model_header import describe_training
-from lisa_dist.train.monitoring import MonitoredMixin, lisa_metrics
+from lisa_dist.train.monitoring import lisa_metrics
 from lisa_dist.train.rollouts import Rollouts
+from lisa_dist.train.run_mixin import RunMixin
 from lisa_dist.train.step_memory import StepWorkload, bytes_of_any_gpu
 from lisa_dist.zero.parameters import is_partitioned, local_tensors
 
 
-class LisaMixin(MonitoredMixin):
+class LisaMixin(RunMixin):
     """Put before a Trainer class: `class MyTrainer(LisaMixin, DPOTrainer): ...`; takes `lisa_config=LisaConfig(...)`.
 
     `deepspeed` is a short name (zero1, zero2, zero3, zero2_offload, ...), a path or a dict; zero2, unless the training
@@ -71,6 +66,7 @@ class LisaMixin(MonitoredMixin):
     Raises ValueError at construction for arguments that LISA cannot train with.
     """
 
+    _steps_callback = LisaSteps
     optimizer: torch.optim.Optimizer | None  # the Trainer's, as is the next
     model_wrapped: Any
     _loss = CHUNKED  # of TRL's SFTTrainer
@@ -80,7 +76,6 @@ class LisaMixin(MonitoredMixin):
         *args: Any,
         lisa_config: LisaConfig | None = None,
         deepspeed: str | dict | None = None,
-        hang_timeout: float = HANG_TIMEOUT,
         checkpointed_layers: str | int | None = None,
         gpu_memory: str | None = None,
         layers_are_planned: bool = False,
@@ -98,7 +93,6 @@ class LisaMixin(MonitoredMixin):
         self._ranks: list[tuple[str, str]] = []
         self._compute_time: ComputeTime | None = None
         self._begins = resume.Beginning()
-        self._saved_step: int | None = None
         self._save_async = save_async
         check_eval_frozen_bits(eval_frozen_bits, self.lisa_config)
         self._evaluates_originals = eval_frozen_bits == 16
@@ -116,16 +110,9 @@ class LisaMixin(MonitoredMixin):
         # Accelerate would replace the optimizer by a DeepSpeedCPUAdam of its own, with L2 decay and default betas.
         self._ds_config["zero_force_ds_cpu_optimizer"] = False
         self._workload = StepWorkload(self.args, type(self).compute_loss, self._loss, self._rows_shared_by)
-        self._signals, self._watchdog = StopSignals(), Watchdog(hang_timeout)
-        self.add_callback(LisaSteps(self, self._signals, self._watchdog))
         self.rollouts = Rollouts(self) if hasattr(self, "vllm_generation") else None  # of GRPO, where vLLM answers
         if self.args.torch_compile:
             self.add_callback(CompiledLayers(self, self.lisa_config.lisa_layers_attribute))
-
-    @property
-    def stopped_by(self) -> str | None:
-        """The signal that ended training early, if one did."""
-        return self._signals.stopped_by
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer over the active blocks of period 0; the Trainer calls it once, before DeepSpeed is set up."""
@@ -147,7 +134,7 @@ class LisaMixin(MonitoredMixin):
             )
         return self.optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, from the beginning or from a checkpoint: a path, or True for the newest whole one in `output_dir`.
 
         "auto" is True where there is a checkpoint, and the beginning where there is none.
@@ -156,21 +143,19 @@ class LisaMixin(MonitoredMixin):
         """
         if self.lisa is not None:
             raise UserError("this trainer has trained once: build a new one.")
-        with one_run_in(str(self.args.output_dir)):
-            self._begins = resume.find_beginning(resume_from_checkpoint, self.args.output_dir, self.accelerator.print)
-            resume.check_beginning(self, self._begins)
-            check_numbers_of_examples(self.train_dataset, self.eval_dataset)
-            try:
-                with self._signals, self._watchdog:
-                    output = super().train(self._begins.checkpoint and str(self._begins.checkpoint), *args, **kwargs)
-                    finish_save(self._controller)
-                    return output
-            finally:
-                if self.memory is not None:
-                    self.memory.abandon()
-                if self.lisa is not None and self.lisa.is_attached:  # also where the run has raised
-                    end_save(self.lisa)
-                    self.lisa.release()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.memory is not None:
+                self.memory.abandon()
+            if self.lisa is not None and self.lisa.is_attached:
+                self.lisa.release()
+
+    def _find_checkpoint(self, wanted: str | bool | None) -> Path | None:
+        self._begins = resume.find_beginning(wanted, self.args.output_dir, self.accelerator.print)
+        resume.check_beginning(self, self._begins)
+        check_numbers_of_examples(self.train_dataset, self.eval_dataset)
+        return self._begins.checkpoint
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -245,37 +230,9 @@ class LisaMixin(MonitoredMixin):
         name = resume.task_trainer_of(type(self))
         return resume.describe_identity(self.args, getattr(self.model, "config", None), self.train_dataset, name)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, which would train one step more when it resumes a run that has taken all of its steps."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, which would delete all checkpoints but the best, the newest and a signal's among them."""
-        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
-        output = super()._finalize_training(*args, **kwargs)
-        self.state.best_model_checkpoint = best
-        finish_save(self._controller)
-        if self.args.load_best_model_at_end and best is not None and self.stopped_by is None:
-            read_weights(self._engine, self._controller.blocks, Path(best))
-            self._controller.forget_changes()
-            self._print(f"the model is that of {best}, the best by {self.args.metric_for_best_model}")
-        return output
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's, without a trace in the random states.
-
-        A resumed run must see the same random numbers, and does not repeat evaluations from before the save.
-        """
-        cuda = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
-        python_state, numpy_state = random.getstate(), numpy.random.get_state()
-        with torch.random.fork_rng(devices=cuda):
-            metrics = super().evaluate(*args, **kwargs)
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
-        return metrics
+    def _load_best_model(self) -> None:
+        read_weights(self._engine, self._controller.blocks, Path(str(self.state.best_model_checkpoint)))
+        self._controller.forget_changes()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, for an evaluation and a prediction, with what frozen layers are to be evaluated as."""
@@ -306,32 +263,23 @@ class LisaMixin(MonitoredMixin):
 
     # Saving
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """The Trainer's `checkpoint-N`, written completely or not at all; any number of ranks can load its states."""
-        step = self.state.global_step
-        if self._saved_step == step:  # a signal in a step that is saved anyway
-            return
-        finish_save(self._controller)
-        self.store_flos()
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
-        best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
-        if self.state.best_global_step and (best == folder or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
+    def _write_checkpoint(self, folder: Path, then: Callable[[], None]) -> None:
+        """Any number of ranks can load its optimizer states."""
         save_checkpoint(
             self._controller,
             folder,
             writes=self.args.should_save,
             write_more=self._write_training_state,
             in_background=self._save_async,
-            then=partial(self._after_save, folder, self.state.best_model_checkpoint),
+            then=then,
         )
-        self._saved_step = step
 
-    def _after_save(self, folder: Path, best: str | None) -> None:
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-        if self.args.should_save:
-            rotate_checkpoints(folder, self.args.save_total_limit, Path(best) if best else None)
+    def _finish_save(self) -> None:
+        finish_save(self._controller)
+
+    def _end_save(self) -> None:
+        if self.lisa is not None and self.lisa.is_attached:
+            end_save(self.lisa)
 
     def _write_training_state(self, folder: Path) -> None:
         """What the Trainer keeps next to model and optimizer: random states, schedule, its own state, the tokenizer."""
@@ -341,12 +289,7 @@ class LisaMixin(MonitoredMixin):
         save_without_weights(lambda path: self._save(path, state_dict={}), folder)
         write_json(folder / IDENTITY_NAME, self._identity)
         torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
-        states: dict[str, list] = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
-        self.state.stateful_callbacks = {name: each[0] if len(each) == 1 else each for name, each in states.items()}
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        self._write_trainer_state(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model for `from_pretrained`: weights in shards, configs, tokenizer, chat template.
@@ -357,9 +300,7 @@ class LisaMixin(MonitoredMixin):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)
-        if self.stopped_by is not None:  # a script of one's own may not have looked at it
-            done = f"{self.state.global_step} of {self.state.max_steps} steps"
-            self._print(f"warning: {self.stopped_by} ended the run after {done}: {folder} is no finished model.")
+        self._warn_if_stopped(folder)
         with together(folder):
             if self.args.should_save:
                 save_without_weights(lambda path: self._save(path, state_dict={}), folder)

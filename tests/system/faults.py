@@ -1,11 +1,12 @@
 """Ranks of a run are killed, stopped, or find the disk full, at every moment of saves, switches and loads.
 
 python tests/system/faults.py --faults 1000 --seed 0
+python tests/system/faults.py --faults 200 --method lora
 
-A run is a loop of one's own on two CPU ranks, which saves every other step and is started again after each fault, from
-what it finds. Nothing is lost: whatever has the name of a checkpoint is whole, the newest is never older than before
-the fault, and the run ends with the bits of one that nothing has happened to. Prints a table of moments and faults.
-test_faults.py runs a few of them.
+A LISA run is a loop of one's own on two CPU ranks, which saves every other step and is started again after each fault,
+from what it finds. Runs of the other methods are those of `lisa-dist train`, on one rank and on two. Nothing is lost:
+whatever has the name of a checkpoint is whole, the newest is never older than before the fault, and the run ends with
+the bits of one that nothing has happened to. Prints a table of moments and faults. test_faults.py runs a few of them.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from models import tiny_llama, token_batches
-from ranks import rank_context
+from ranks import free_port, rank_context
+from runs import flags_for, save_tiny_run
 
 STEPS, INTERVAL, SAVES = 12, 3, 2
 DRAWN = {"lisa_always_on": "rest", "lisa_block_probability": "embed=0.5"}
@@ -64,6 +66,26 @@ MOMENTS = {
     "load of the states": ("lisa_dist.checkpoint.optimizer_states", "StateFiles.read", 1, False, False),
     "step": ("deepspeed.runtime.engine", "DeepSpeedEngine.step", 4, False, False),
 }
+# The same for --method full and lora, whose faults are kills and signals.
+TRAINER_RUNS = (
+    {"deepspeed": "zero2", "ranks": 1},
+    {"deepspeed": "zero3", "ranks": 2},
+    {"deepspeed": "zero2", "ranks": 2},
+)
+TRAINER_MOMENTS = {
+    "begin of a save": ("lisa_dist.train.baseline", "make_staging", 4, False, False),
+    "write": ("torch", "save", 12, False, False),
+    "optimizer": ("deepspeed.runtime.engine", "DeepSpeedEngine.save_checkpoint", 4, False, False),
+    "sum": ("lisa_dist.distributed.collectives", "describe_file", 20, False, False),
+    "state": ("lisa_dist.checkpoint.trainer_checkpoint", "write_json", 4, False, True),
+    "rename": ("lisa_dist.checkpoint.trainer_checkpoint", "put_in_place", 4, False, True),
+    "card": ("lisa_dist.report.hub", "metadata_save", 4, False, True),
+    "rotation": ("shutil", "rmtree", 6, False, True),
+    "evaluation": ("transformers", "Trainer.evaluation_loop", 3, False, False),
+    "load": ("deepspeed.runtime.engine", "DeepSpeedEngine.load_checkpoint", 1, False, False),
+    "step": ("deepspeed.runtime.engine", "DeepSpeedEngine.step", 6, False, False),
+    "final model": ("lisa_dist.train.baseline", "move_model", 1, False, True),
+}
 KINDS = ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk", "torn file")
 
 
@@ -78,21 +100,22 @@ class Fault:
     after: bool
 
 
-def draw(generator: random.Random) -> Fault:
-    moment = generator.choice(list(MOMENTS))
-    _, _, most, may_be_full, of_rank_0 = MOMENTS[moment]
-    unfit = {"full disk": not may_be_full, "torn file": moment != "write"}
+def draw(generator: random.Random, run: dict) -> Fault:
+    moments = MOMENTS if run.get("method") is None else TRAINER_MOMENTS
+    moment = generator.choice(list(moments))
+    _, _, most, may_be_full, of_rank_0 = moments[moment]
+    unfit = {"full disk": not may_be_full, "torn file": moment != "write", "SIGSTOP": moments is TRAINER_MOMENTS}
     kind = generator.choice([kind for kind in KINDS if not unfit.get(kind)])
-    rank = 0 if of_rank_0 else generator.randrange(2)
+    rank = 0 if of_rank_0 else generator.randrange(run.get("ranks", 2))
     return Fault(moment, kind, rank, generator.randint(1, most), generator.random() < 0.5)
 
 
 # On a rank
 
 
-def strike(fault: Fault) -> None:
+def strike(fault: Fault, moments: dict) -> None:
     """Have the fault come. A process that is stopped goes on no more."""
-    module, attribute, *_ = MOMENTS[fault.moment]
+    module, attribute, *_ = moments[fault.moment]
     *inner, name = attribute.split(".")
     owner: Any = functools.reduce(getattr, inner, importlib.import_module(module))
     function, calls = getattr(owner, name), 0
@@ -126,6 +149,8 @@ def run_rank(rank: int, store: str, folder: str, run: dict, fault: Fault | None,
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1",
         MASTER_PORT=Path(store).parent.name, DS_ACCELERATOR="cpu", STRUCK=f"{said}.struck",
     )  # fmt: skip
+    if run.get("method") is not None:
+        train_rank(rank, store, folder, run, fault)
     import lisa_dist
     from lisa_dist.checkpoint.folders import rotate_checkpoints
     from lisa_dist.checkpoint.resume import find_checkpoint
@@ -135,7 +160,7 @@ def run_rank(rank: int, store: str, folder: str, run: dict, fault: Fault | None,
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     start_deepspeed()
     if fault is not None and fault.rank == rank:
-        strike(fault)
+        strike(fault, MOMENTS)
     found = find_checkpoint(folder)
     config = lisa_dist.LisaConfig(**{"lisa_interval_steps": INTERVAL} | run.get("lisa", {}))
     model = tiny_llama(seed=0 if found is None else 9, num_layers=4)
@@ -164,18 +189,35 @@ def run_rank(rank: int, store: str, folder: str, run: dict, fault: Fault | None,
     os._exit(0)
 
 
+def train_rank(rank: int, store: str, folder: str, run: dict, fault: Fault | None) -> None:
+    """Run `lisa-dist train`, which resumes from what is in `folder`, unless the fault comes."""
+    from lisa_dist.commands import train
+
+    ranks, data = str(run["ranks"]), Path(run["data"])
+    os.environ.update(WORLD_SIZE=ranks, LOCAL_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_PORT=Path(store).read_text())
+    torch.set_num_threads(1)
+    if fault is not None and fault.rank == rank:
+        strike(fault, TRAINER_MOMENTS)
+    changes = {name: run[name] for name in ("method", "deepspeed")} | {"max_steps": STEPS, "lora_r": 4, "eval_steps": 3}
+    changes |= {"save_strategy": "steps", "save_steps": SAVES, "save_total_limit": 2, "resume_from_checkpoint": "auto"}
+    train._write_report = lambda finished: (finished / "done").touch()  # the model is saved
+    train.main(flags_for(data, Path(folder), **changes))
+
+
 # Around the ranks
 
 
 def start(folder: Path, run: dict, fault: Fault | None) -> tuple[bool, str]:
     """Start both ranks and wait for their end: whether the fault came, and what the ranks said."""
     with tempfile.TemporaryDirectory() as meeting:
-        said = [f"{meeting}/{rank}.txt" for rank in range(2)]
+        said = [f"{meeting}/{rank}.txt" for rank in range(run.get("ranks", 2))]
+        if run.get("method") is not None:
+            Path(meeting, "store").write_text(str(free_port()))
         ranks = [
             rank_context().Process(
                 target=run_rank, args=(rank, f"{meeting}/store", str(folder), run, fault, said[rank]), daemon=True
             )
-            for rank in range(2)
+            for rank in range(len(said))
         ]
         for one in ranks:
             one.start()
@@ -207,18 +249,31 @@ def is_stopped(process: int | None) -> bool:
 def whole_checkpoints(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder; AssertionError for one that is not whole."""
     from lisa_dist.checkpoint.resume import read_state
+    from lisa_dist.checkpoint.trainer_checkpoint import check_complete
+    from lisa_dist.run_folder import STATE_NAME
 
     found = []
     for path in folder.glob("checkpoint-*"):
-        read_state(path)  # raises where a file is not as it was written
+        # Both raise where a file is not as it was written.
+        (read_state if (path / STATE_NAME).exists() else check_complete)(path)
         found.append(int(path.name.removeprefix("checkpoint-")))
     return sorted(found)
 
 
 def digest(folder: Path) -> str:
-    """A hash of a finished run's weights and states by name: kept states are in the order in which they came."""
+    """A hash of a finished run's weights and states by name: kept states are in the order in which they came.
+
+    Of a trainer's run: of the weights, and of the loss and the norm of the gradients in each step.
+    """
     total = hashlib.sha256()
-    for path in sorted((folder / f"checkpoint-{STEPS}").glob("*.safetensors")):
+    if (folder / "trainer_state.json").exists():
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        losses = [(one["step"], one["loss"], one["grad_norm"]) for one in log if "loss" in one]
+        assert [step for step, *_ in losses] == list(range(1, STEPS + 1))
+        total.update(json.dumps(losses).encode())
+    files = [*folder.glob("*.safetensors"), *(folder / f"checkpoint-{STEPS}").glob("*.safetensors")]
+    assert files
+    for path in sorted(files):
         with safe_open(path, framework="pt") as file:
             partitions = json.loads((file.metadata() or {}).get("partitions", "[]"))
             total.update("".join([path.name, *sorted(map(json.dumps, partitions))]).encode())
@@ -227,16 +282,26 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def campaign(number: int, seed: int, report: Callable[[str], None] = print) -> collections.Counter:
+def campaign(
+    number: int, seed: int, report: Callable[[str], None] = print, method: str = "lisa"
+) -> collections.Counter:
     """Have `number` faults come; how many by moment and kind. Raises AssertionError where anything is lost."""
+    if method == "lisa":
+        return _campaign(number, seed, report, RUNS)
+    with tempfile.TemporaryDirectory() as data:
+        save_tiny_run(Path(data))
+        return _campaign(number, seed, report, [one | {"method": method, "data": data} for one in TRAINER_RUNS])
+
+
+def _campaign(number: int, seed: int, report: Callable[[str], None], runs: Sequence[dict]) -> collections.Counter:
     generator = random.Random(seed)
     came: collections.Counter[tuple[str, str]] = collections.Counter()
     expected: dict[int, str] = {}
     for chain in itertools.count():
         if came.total() >= number:
             return came
-        index = (chain + seed) % len(RUNS)
-        run = RUNS[index]
+        index = (chain + seed) % len(runs)
+        run = runs[index]
         with tempfile.TemporaryDirectory() as temporary:
             if index not in expected:
                 whole = Path(temporary) / "whole"
@@ -245,7 +310,7 @@ def campaign(number: int, seed: int, report: Callable[[str], None] = print) -> c
                 expected[index] = digest(whole)
             folder, newest, left = Path(temporary) / "run", 0, min(12, number - came.total())
             while not (folder / "done").exists():
-                fault = draw(generator) if left else None
+                fault = draw(generator, run) if left else None
                 struck, said = start(folder, run, fault)
                 assert struck or (folder / "done").exists(), f"{fault} in {run} did not come\n{said[-3000:]}"
                 steps = whole_checkpoints(folder)
@@ -263,11 +328,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", choices=("lisa", "full", "lora"), default="lisa")
     arguments = parser.parse_args()
     started = time.monotonic()
-    came = campaign(arguments.faults, arguments.seed, lambda line: print(line, flush=True))
+    came = campaign(arguments.faults, arguments.seed, lambda line: print(line, flush=True), arguments.method)
     print(f"{'':20}" + "".join(kind.rjust(11) for kind in KINDS))
-    for moment in MOMENTS:
+    for moment in MOMENTS if arguments.method == "lisa" else TRAINER_MOMENTS:
         print(moment.ljust(20) + "".join(f"{came[moment, kind]:11}" for kind in KINDS))
     print(f"{came.total()} faults in {time.monotonic() - started:.0f} s: 0 lost, 0 hung")
 

@@ -12,9 +12,10 @@ from lisa_dist.files import DamagedError
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("cpu_ops")]
 
 
-def test_no_fault_loses_what_was_saved():
+@pytest.mark.parametrize("method", ["lisa", "full", "lora"])
+def test_no_fault_loses_what_was_saved(method):
     """A slice of `python tests/system/faults.py`, at moments that are drawn."""
-    came = faults.campaign(4, seed=3)
+    came = faults.campaign(4, seed=3, method=method)
     assert came.total() == 4
     assert len(came) > 2
 
@@ -46,6 +47,6 @@ def test_the_campaign_sees_what_is_lost(monkeypatch, finished, lost, said):
         return False, ""
 
     monkeypatch.setattr(faults, "start", start_and_lose)
-    monkeypatch.setattr(faults, "draw", lambda _: None)
+    monkeypatch.setattr(faults, "draw", lambda *_: None)
     with pytest.raises((AssertionError, DamagedError), match=said):
         faults.campaign(1, seed=0)

@@ -260,6 +260,121 @@ def test_lora_under_the_same_roof(folder, tmp_path):
     assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.parametrize("method", ["full", "lora", full("lisa")])
+def test_a_run_that_saves_before_it_logs_keeps_its_model(folder, tmp_path, method):
+    """Also where its model card cannot be written, which is a warning on one line."""
+    out = tmp_path / "out"
+    (out / "README.md").mkdir(parents=True)
+    changes = {"method": method, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "logging_steps": 10}
+    said = run_well(flags_for(folder, out, **changes, lora_r=4, eval_strategy="no", eval_on_start=False), tmp_path)
+    weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    assert (out / weights).is_file()
+    assert (out / "checkpoint-1").is_dir()
+    assert (out / "checkpoint-2").is_dir()
+    warnings = [line for line in said.splitlines() if line.startswith("warning: the model card could not be written (")]
+    assert len(warnings) == (0 if method == "lisa" else 3)  # LISA writes a card only for the hub
+    assert all(line.endswith("; weights and checkpoints are not affected.") for line in warnings)
+
+
+# A run that gets a signal at the second call of a function, given by the last two words of the command line.
+SIGNALLED = """
+import importlib, os, signal, sys
+from operator import attrgetter
+from lisa_dist.commands.train import main
+
+number, path = int(sys.argv.pop()), sys.argv.pop()
+module, owner, name = path.split(":")
+owner = attrgetter(owner)(importlib.import_module(module)) if owner else importlib.import_module(module)
+function, calls = getattr(owner, name), []
+
+
+def signalled(*args, **kwargs):
+    calls.append(None)
+    if len(calls) == 2 or name == "_prepare_for_training":
+        os.kill(os.getpid(), number)
+    return function(*args, **kwargs)
+
+
+setattr(owner, name, signalled)
+main()
+"""
+MOMENTS = {
+    "before the first step": "transformers:Trainer:_prepare_for_training",
+    "in an evaluation": "transformers:Trainer:evaluation_loop",
+    "in a save": "lisa_dist.checkpoint.folders::make_durable",
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder, tmp_path_factory):
+    """What a run of a method comes to that no signal has stopped."""
+    found = {}
+
+    def of(method: str) -> tuple:
+        if method not in found:
+            out = tmp_path_factory.mktemp(method)
+            run_well(flags_for(folder, out / "out", method=method, **SIGNALLED_RUN), out)
+            found[method] = outcome(out / "out")
+        return found[method]
+
+    return of
+
+
+SIGNALLED_RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_steps": 2, "lora_r": 4}
+
+
+def outcome(out: Path) -> tuple:
+    """Weights, and the loss and the norm of the gradients in each step."""
+    weights = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert weights
+    return weights, logged(out, "loss"), logged(out, "grad_norm")
+
+
+@pytest.mark.parametrize(
+    ("method", "moment", "number"),
+    [
+        ("lora", "in an evaluation", signal.SIGINT),
+        full("lora", "before the first step", signal.SIGTERM),
+        full("lora", "in a save", signal.SIGUSR1),
+        ("full", "before the first step", signal.SIGTERM),
+        full("full", "in an evaluation", signal.SIGUSR1),
+        full("full", "in a save", signal.SIGINT),
+        full("lisa", "before the first step", signal.SIGINT),
+        full("lisa", "in an evaluation", signal.SIGTERM),
+        full("lisa", "in a save", signal.SIGTERM),
+    ],
+)
+def test_a_signal_stops_every_method_with_a_checkpoint(folder, tmp_path, uninterrupted, method, moment, number):
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    flags = flags_for(folder, tmp_path / "out", method=method, **SIGNALLED_RUN)
+    words = [*flags, MOMENTS[moment], str(int(number))]
+    said = run_well(words, tmp_path, tmp_path / "signalled.py")
+    stopped = re.search(rf"{number.name}: stopped after step (\d) and saved; go on with the same command", said)
+    assert int(stopped[1]) < 6, said
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    said = run_well([*flags, "--resume_from_checkpoint", "auto"], tmp_path)
+    assert f"checkpoint-{stopped[1]}, after step {stopped[1]} of 6" in said
+    assert outcome(tmp_path / "out") == uninterrupted(method)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("method", "ds_config"), [("full", "zero3"), ("lora", "zero2"), ("lora", "zero3")])
+def test_two_ranks_stop_together_and_resume_to_the_same_bits(folder, tmp_path, method, ds_config):
+    """Both ranks get the signal; a resume on another number of ranks is refused in one line."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    changes = SIGNALLED_RUN | {"method": method, "deepspeed": ds_config}
+    on_two_ranks(flags_for(folder, tmp_path / "whole", **changes), tmp_path)
+    flags = flags_for(folder, tmp_path / "out", **changes)
+    said = on_two_ranks([*flags, MOMENTS["in an evaluation"], "15"], tmp_path, tmp_path / "signalled.py")
+    assert "SIGTERM: stopped after step 3 and saved" in said
+    status, said = run_alone([*flags, "--resume_from_checkpoint", "true"], tmp_path / "alone.txt")
+    assert status == 2
+    assert "checkpoint-3 with --method " in said
+    assert ": its run had 2 ranks, and this one has 1. " in said
+    on_two_ranks([*flags, "--resume_from_checkpoint", "true"], tmp_path)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
 @pytest.mark.full
 def test_every_method_trains_on_the_same_rows_in_the_same_order(folder, tmp_path):
     """Where nothing is learned the loss of a step says which rows it was of."""

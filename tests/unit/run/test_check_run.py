@@ -335,6 +335,21 @@ def test_checkpoints_that_can_be_resumed(tmp_path):
     assert "lisa_run.json: is damaged" in refused(check_resume, True, tmp_path / "full", "full")
 
 
+def test_the_newest_checkpoint_of_other_methods_is_one_with_a_state(tmp_path):
+    """Which a run writes last: without it a checkpoint of an older release is not whole."""
+    check_resume("auto", tmp_path / "absent", "lora")
+    (tmp_path / "checkpoint-3").mkdir()
+    assert "there is no whole checkpoint" in refused(check_resume, True, tmp_path, "full")
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    write_json(tmp_path / "checkpoint-2" / "lisa_checkpoint.json", {"saved_at": 1.0, "world_size": 3, "files": {}})
+    for wanted in (True, "auto", tmp_path / "checkpoint-2"):
+        said = refused(check_resume, wanted, tmp_path, "full")
+        assert "checkpoint-2 with --method full: its run had 3 ranks, and this one has 1. " in said
+    write_json(tmp_path / "checkpoint-2" / "lisa_checkpoint.json", {"saved_at": 1.0, "world_size": 1, "files": {}})
+    check_resume("auto", tmp_path, "full")
+
+
 @pytest.mark.parametrize("method", ["lisa", "full"])
 def test_nothing_to_resume(tmp_path, method):
     assert "--resume_from_checkpoint true: there is no" in refused(check_resume, True, tmp_path, method)
