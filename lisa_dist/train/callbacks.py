@@ -79,16 +79,14 @@ class LisaSteps(RunSteps):
     The `trainer` is a LisaMixin, whose controller and memory are there once training begins.
     """
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Print the layers of the first period."""
-        self._watchdog.beat()
-        self._print_active(state)
+    _printed = False  # whether the layers of this run's first period are printed
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Switch when a period begins."""
+        """Switch when a period begins, and print its layers; in the first step, those of the period it belongs to."""
         self._watchdog.beat()
-        if self._trainer.lisa.on_step_begin():
+        if self._trainer.lisa.on_step_begin() or not self._printed:
             self._print_active(state)
+            self._printed = True
         self._trainer.memory.begin_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -604,6 +604,14 @@ def test_a_stopped_run_goes_on_to_the_weights_of_the_whole_one(folder, tmp_path)
     assert "chat_template.jinja" in {path.name for path in saved.iterdir()}
 
 
+def test_a_resume_where_a_period_begins_names_that_period_only(folder, tmp_path):
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "eval_on_start": False}
+    run_well(flags_for(folder, tmp_path / "out", **changes), tmp_path)
+    resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}
+    said = run_well(flags_for(folder, tmp_path / "out", **changes, **resume), tmp_path)
+    assert re.findall(r"step +(\d+)  period +(\d+)  active", said) == [("2", "1")]
+
+
 @pytest.mark.full
 def test_a_plain_model_begins_a_new_run_and_auto_begins_without_a_checkpoint(folder, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(folder / "model")
