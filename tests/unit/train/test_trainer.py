@@ -29,9 +29,11 @@ from lisa_dist.checkpoint import save
 from lisa_dist.checkpoint.folders import STATE_NAME
 from lisa_dist.core.activation_checkpointing import checkpointed_layers
 from lisa_dist.distributed.run_lock import LOCK_NAME, one_run_in
+from lisa_dist.distributed.watchdog import Watchdog
 from lisa_dist.ds_config import find_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import describe_file, write_json
+from lisa_dist.train import trainer as trainer_module
 from lisa_dist.train.deepspeed_arguments import begin_deepspeed
 from lisa_dist.zero.parameters import whole_weights
 
@@ -377,6 +379,24 @@ def raise_right_after_a_save(output_dir: str) -> list[str]:
 
 def test_a_save_in_the_background_is_whole_before_a_run_that_raises_is_over(tmp_path):
     assert run_ranks(raise_right_after_a_save, 1, str(tmp_path))[0] == ["checkpoint-2"]
+
+
+def order_of_the_end(output_dir: str) -> list[str]:
+    """What a run that raises ends first: the save in the background, or the watchdog."""
+    ended = []
+    trainer = build_trainer(output_dir, callbacks=[BeforeStep(1, raise_an_error)])
+    with pytest.MonkeyPatch.context() as patch:
+        leave, end_save = Watchdog.__exit__, trainer_module.end_save
+        patch.setattr(Watchdog, "__exit__", lambda *given: (ended.append("watchdog"), leave(*given))[1])
+        patch.setattr(trainer_module, "end_save", lambda lisa: (ended.append("save"), end_save(lisa))[1])
+        with pytest.raises(RuntimeError, match="an error of the user's"):
+            trainer.train()
+    return ended
+
+
+def test_the_watchdog_is_on_while_a_run_that_raises_waits_for_its_save(tmp_path):
+    """Or it would wait ten minutes for a rank that is gone."""
+    assert run_ranks(order_of_the_end, 1, str(tmp_path))[0] == ["save", "watchdog"]
 
 
 def signal_rank_1() -> None:
