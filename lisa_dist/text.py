@@ -26,6 +26,12 @@ def no_such_model(given: str, error: Exception) -> str:
     return f"{given}: no such folder, and no such model can be reached on the hub ({type(error).__name__})."
 
 
+def split_names(given: str | Sequence[str] | None) -> list[str] | None:
+    """Return the names in a flag's words, which commas may separate too; None where the flag is left out."""
+    words = [given] if isinstance(given, str) else given or []
+    return [name for word in words for name in word.split(",") if name] or None
+
+
 def format_active(layers: Sequence[str], blocks: Sequence[str]) -> str:
     """What trains in a period next to the always-trained blocks: "2, 7" or "head; layers 7"."""
     listed = ", ".join(layers) or ("" if blocks else "none")

@@ -29,7 +29,7 @@ from lisa_dist.ds_config import read_ds_config, uses_optimizer_offload
 from lisa_dist.memory.estimate import StepPlan, kept_states
 from lisa_dist.memory.plan import load_model_config
 from lisa_dist.memory.trace import AllocationTracker, FakeRun
-from lisa_dist.memory.workload import StageSettings, Trained, Workload
+from lisa_dist.memory.workload import Lora, StageSettings, Trained, Workload
 from lisa_dist.train.compiled_layers import compile_layers
 from lisa_dist.zero.parameters import local_tensors, parameter_numel
 
@@ -294,7 +294,7 @@ class Run:
         method, config = self.method, self.method.config
         if method.kind == "callback" or method.liger:
             return None
-        lora_rank = method.settings["r"] if method.kind == "lora" else 0
+        lora = Lora(method.settings["r"]) if method.kind == "lora" else None
         dtype = next(self.model.parameters()).dtype
         workload = Workload(
             length,
@@ -305,7 +305,7 @@ class Run:
             loss="own",
             frozen_bits=config.frozen_form,
         )
-        run = FakeRun(self.model.config, workload, lora_rank)
+        run = FakeRun(self.model.config, workload, lora)
         trained = None
         if method.kind in ("static", "lisa"):
             always_on = tuple(name for name in config.always_on if run.blocks.outer(name).parameters)

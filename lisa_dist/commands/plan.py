@@ -37,6 +37,7 @@ HELP = {
         "method": "lisa, full or lora",
         "task": "sft, dpo, kto, orpo, reward or grpo: some have a reference model too",
         "lora_r": "of the adapters, for --method lora",
+        "lora_modules_to_save": "modules that train whole next to them, for --method lora",
         "seq_length": "tokens of a sequence",
         "micro_batch_size": "examples of a GPU in a forward pass",
         "gradient_accumulation_steps": "micro-batches of a step; by default those of 16 examples",

@@ -8,7 +8,7 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1: W x + alpha / r B A x
 """
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,20 @@ from lisa_dist.errors import UserError
 from lisa_dist.run_folder import ADAPTER_FILE
 from lisa_dist.zero.parameters import ADAPTER_PREFIX, OUR_ADAPTERS, file_name, is_partitioned, parameter_shape
 
+MODULES_TO_SAVE = "--lora_modules_to_save"
 SCALE = 2  # alpha over r, as most recipes have it
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def check_modules_to_save(model: Any, names: Iterable[str]) -> None:
+    """Raise UserError for a name that no module of the model ends in: peft would train no copy, without a warning."""
+    modules = [name for name, _ in model.named_modules() if name]
+    for given in names:
+        if not any(name.endswith(given) for name in modules):
+            raise UserError(
+                f"{MODULES_TO_SAVE} {given}: {type(model).__name__} has no module whose name ends in {given}. Give a "
+                "name of its modules, such as embed_tokens or lm_head."
+            )
 
 
 def add_adapters(model: Any, blocks: Blocks, rank: int, seed: int = 0) -> None:

@@ -45,6 +45,7 @@ from lisa_dist.memory.workload import (
     STATES,
     WEIGHTS,
     Group,
+    Lora,
     MemoryParts,
     StageSettings,
     Trained,
@@ -77,7 +78,7 @@ class StepEstimate:
     world_size: int
     optim: str
     method: str = "lisa"
-    lora_rank: int = 0
+    lora: Lora | None = None
     accumulates: bool = False
     on_cpu: bool = False
 
@@ -86,7 +87,7 @@ class StepEstimate:
         config = self.config
         of_layers: dict[str, Any] = {"by_module": config.by_module, "adapters": config.lisa_adapters}
         workload = replace(workload, frozen_bits=config.frozen_form, streams=config.streams, **of_layers)
-        return self.runs.of(workload, self.lora_rank, config.lisa_layers_attribute)
+        return self.runs.of(workload, self.lora, config.lisa_layers_attribute)
 
     def of(
         self, settings: StageSettings, workload: Workload, trained: Trained | None, rank: int | None = None
@@ -236,6 +237,15 @@ class StepPlan:
     def _largest_gradient(self) -> int:
         whole = [numel for group in self.groups if not group.by_rows for numel in group.numels]
         return max(whole, default=0) * self._element
+
+    @property
+    def _largest_piece(self) -> int:
+        """Elements of the largest gradient, or part of one, that a rank keeps for the step."""
+        if self._stage == 3:
+            return share_numel(self._largest_gradient // self._element, self.world_size)
+        groups = [group for group in self.groups if not group.by_rows]
+        pieces = [piece.length for rank in self._ranks for group in groups for piece in self._pieces(group, rank)]
+        return max(pieces, default=0)
 
     @cached_property
     def _partitions(self) -> list[int]:
@@ -451,7 +461,7 @@ class StepPlan:
         """
         if self._offloads:
             return self._gradients()
-        norm = self._norm_scratch(share_numel(self._largest_gradient // self._element, self.world_size))
+        norm = self._norm_scratch(self._largest_piece)
         peaks = [self._gradients() + norm]
         for rank in self._ranks if self._stage < 3 else self._ranks[:1]:
             kept = [self._kept_of_group(group, rank) for group in self.groups]

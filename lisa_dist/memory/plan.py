@@ -19,12 +19,12 @@ from lisa_dist.core.sequence_parallel import check_groups
 from lisa_dist.ds_config import given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import check_loss
-from lisa_dist.memory.workload import LOGITS, MemoryParts, Workload
+from lisa_dist.memory.workload import LOGITS, Lora, MemoryParts, Workload
 from lisa_dist.model_names import is_tuned, name_or_folder, nearest_name, shipped_model_configs, shipped_name
 from lisa_dist.presets import check_preset, choose_preset, reserved_bytes
 from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
 from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, check_task, has_reference
-from lisa_dist.text import BYTE_UNITS, format_columns, no_such_model, parse_bytes
+from lisa_dist.text import BYTE_UNITS, format_columns, no_such_model, parse_bytes, split_names
 
 METHODS = ("lisa", "full", "lora")
 NO_DATA = "DATA"  # what `--dataset_name` is where none is given
@@ -71,6 +71,9 @@ class PlanArguments:
         metadata={"help": "With --task grpo: of a GPU, what vLLM takes in the run's processes, such as 0.3."},
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, for --method lora."})
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that train whole next to the adapters, such as embed_tokens,lm_head."}
+    )
     lisa_preset: str | None = field(default=None, metadata={"help": "As in training, and by the same rule."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
     precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
@@ -108,6 +111,7 @@ class PlanArguments:
             raise UserError(f"--precision {self.precision}: unknown; choose bf16 or fp32.")
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
+        self.lora_modules_to_save = split_names(self.lora_modules_to_save)
         check_task(self.task)
         check_preset(self.lisa_preset)
         if self.task == KTO and self.micro_batch_size < 2:
@@ -145,6 +149,11 @@ class PlanArguments:
     def answers(self) -> int:
         """Sequences of a step on all GPUs."""
         return self.micro_batch_size * self.gpus // self.sequence_parallel * self.gradient_accumulation_steps
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters of `--method lora`; None with another method."""
+        return Lora(self.lora_r, tuple(self.lora_modules_to_save or ())) if self.method == "lora" else None
 
     @property
     def has_reference(self) -> bool:
@@ -343,6 +352,7 @@ def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | Non
         flags["gradient_accumulation_steps"] = arguments.gradient_accumulation_steps
     if arguments.method == "lora":
         flags |= {"lora_r": arguments.lora_r, "lora_dropout": 0.0}  # whose masks the plan does not count
+        flags["lora_modules_to_save"] = ",".join(arguments.lora_modules_to_save or ()) or None
     flags["checkpointed_layers"] = plan.workload.checkpointed_layers
     if arguments.method != "lisa":
         flags["checkpointed_layers"] = "all" if plan.workload.checkpointed_layers else "none"

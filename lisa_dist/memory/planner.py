@@ -13,7 +13,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
-from lisa_dist.core.blocks import number_of_decoder_layers
+from lisa_dist.core.adapters import check_modules_to_save
+from lisa_dist.core.blocks import model_without_weights, number_of_decoder_layers
 from lisa_dist.core.engine_checks import prepare_ds_config
 from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.sequence_parallel import check_sequence_parallel
@@ -62,12 +63,14 @@ class Planner:
             arguments.gpus,
             arguments.optim,
             arguments.method,
-            lora_rank=arguments.lora_r if arguments.method == "lora" else 0,
+            lora=arguments.lora,
             accumulates=arguments.gradient_accumulation_steps > 1,
             on_cpu=on_cpu,
         )
         check_sequence_parallel(arguments.sequence_parallel, arguments.gpus, config, task=arguments.task)
         self.num_layers = number_of_decoder_layers(config)
+        if arguments.lora is not None and arguments.lora.modules_to_save:
+            check_modules_to_save(model_without_weights(config), arguments.lora.modules_to_save)
         if arguments.method == "lisa":
             lisa_config.check_num_layers(self.num_layers)
             if lisa_config.lisa_weights_file is not None:
@@ -282,7 +285,8 @@ class _Peaks:
     def of_lora(self, lisa_config: LisaConfig) -> int:
         """The memory of a LoRA step, with the loss that was settled on, and a tenth more."""
         asked = {one.name: getattr(self._asked, one.name) for one in fields(PlanArguments)}  # those of init refuse LoRA
-        lora = PlanArguments(**asked | {"method": "lora", "lora_r": LORA_RANK, "optim": TORCH_ADAMW[1]})
+        plain = {"lora_r": LORA_RANK, "lora_modules_to_save": None, "optim": TORCH_ADAMW[1]}
+        lora = PlanArguments(**asked | {"method": "lora"} | plain)
         model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
         return int(1.1 * self._peaks_of(lora, model_alone)(self._losses[0]))
 

@@ -48,7 +48,7 @@ from lisa_dist.memory.repeated_layers import (
 )
 from lisa_dist.memory.stand_ins import TritonScores, offloaded_activations, stand_ins, without_liger
 from lisa_dist.memory.trace_files import read_or_make
-from lisa_dist.memory.workload import LOGITS, OF_TRL, RATIO, SCORE, Group, Trained, Workload
+from lisa_dist.memory.workload import LOGITS, OF_TRL, RATIO, SCORE, Group, Lora, Trained, Workload
 from lisa_dist.optim.build import default_state_bits
 from lisa_dist.zero.embedding_rows import embedding_of
 from lisa_dist.zero.stage3 import largest_layer
@@ -143,7 +143,7 @@ class FakeRun:
         self,
         config: PretrainedConfig,
         workload: Workload,
-        lora_rank: int = 0,
+        lora: Lora | None = None,
         layers_attribute: str | None = None,
         *,
         on_disk: bool = False,
@@ -158,12 +158,13 @@ class FakeRun:
             if workload.adapters is not None:
                 add_adapters(self.model, find_blocks(self.model, layers_attribute), workload.adapters)
             self._has_loss: list[bool] = []  # True once the model computes the loss of its workload
-            if lora_rank:  # TRL's head is for a model without adapters
+            if lora is not None:  # TRL's head is for a model without adapters
                 self._set_loss()
-            self._run = _with_adapters(self.model, lora_rank, workload.loss) if lora_rank else self.model
+            self._run = self.model if lora is None else _with_adapters(self.model, lora, workload.loss)
+            tied = _tied_names(self._run)
         with _report_model_errors(config), self._mode:
             self._run.to_empty(device="cpu")  # on the meta device attention would run another kernel
-            self.model.tie_weights()
+            _tie(self._run, tied)
         self.blocks = find_blocks(self.model, layers_attribute)
         self._layers = list(self.model.get_submodule(self.blocks.layers_path).children())
         self._tiles = tile_mlps(self.model, self.blocks)
@@ -178,7 +179,7 @@ class FakeRun:
         self._on_disk = on_disk and is_released
         allowed = torch.backends.cuda  # kernels of its attention
         kernels = [allowed.flash_sdp_enabled(), allowed.mem_efficient_sdp_enabled(), allowed.math_sdp_enabled()]
-        self._described = f"{type(self.model)} {vars(self.model.config)} {lora_rank} {layers_attribute} {kernels}"
+        self._described = f"{type(self.model)} {vars(self.model.config)} {lora} {layers_attribute} {kernels}"
         # What `with_workload` shares, as it does `_has_loss`.
         self._traces: dict[tuple[Workload, frozenset[int], frozenset[int]], StepTrace] = {}
         self._segments: dict[Any, Segments] = {}  # by the kinds of layers that ran, and what else trains
@@ -397,13 +398,13 @@ class FakeRuns:
 
     def __init__(self, config: PretrainedConfig, on_disk: bool = True) -> None:
         self.config, self._on_disk = config, on_disk
-        self._runs: dict[tuple[Workload, int, str | None], FakeRun] = {}
+        self._runs: dict[tuple[Workload, Lora | None, str | None], FakeRun] = {}
 
-    def of(self, workload: Workload, lora_rank: int = 0, layers_attribute: str | None = None) -> FakeRun:
+    def of(self, workload: Workload, lora: Lora | None = None, layers_attribute: str | None = None) -> FakeRun:
         """That of a workload. Raises ValueError for a model that cannot be run."""
-        key = model_workload(workload), lora_rank, layers_attribute
+        key = model_workload(workload), lora, layers_attribute
         if key not in self._runs:
-            self._runs[key] = FakeRun(self.config, workload, lora_rank, layers_attribute, on_disk=self._on_disk)
+            self._runs[key] = FakeRun(self.config, workload, lora, layers_attribute, on_disk=self._on_disk)
         return self._runs[key].with_workload(workload)
 
 
@@ -429,13 +430,34 @@ def _build_model(config: PretrainedConfig, workload: Workload) -> PreTrainedMode
     return model
 
 
-def _with_adapters(model: PreTrainedModel, rank: int, loss: str) -> torch.nn.Module:
-    """The baseline: LoRA on every linear layer but the head, without dropout."""
+def _tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """Return the names under which a parameter occurs again, each with its first name."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in names if first[id(parameter)] != name}
+
+
+def _tie(model: torch.nn.Module, tied: Mapping[str, str]) -> None:
+    """Tie parameters again that `Module.to_empty` has separated; peft's wrappers hide them from `tie_weights`."""
+    for name, first in tied.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, model.get_parameter(first))
+
+
+def _with_adapters(model: PreTrainedModel, lora: Lora, loss: str) -> torch.nn.Module:
+    """Return the LoRA baseline: adapters on every linear layer except the head, without dropout."""
     from peft import LoraConfig, get_peft_model
 
     task_type = "SEQ_CLS" if loss == SCORE else "CAUSAL_LM"
-    adapters = LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, task_type=task_type)
+    adapters = LoraConfig(
+        r=lora.rank,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        modules_to_save=list(lora.modules_to_save) or None,
+        task_type=task_type,
+    )
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # the header of a run says it
         warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers has another of now
         with_adapters = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     for parameter in with_adapters.parameters():  # on the meta device peft leaves adapters in fp32

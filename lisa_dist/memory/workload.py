@@ -48,6 +48,14 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """The adapters of `--method lora`, and the modules that train whole next to them (peft's `modules_to_save`)."""
+
+    rank: int
+    modules_to_save: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Trained:
     """The blocks that one period trains: layers, or modules, by number, outer blocks by name."""
 

@@ -25,6 +25,7 @@ from lisa_dist.presets import PRESET_HELP, check_preset
 from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig, check_ranges
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task
+from lisa_dist.text import split_names
 
 METHODS = ("lisa", "full", "lora")
 DEQUANTIZED = "mxfp4"  # what gpt-oss is stored by, and is loaded from in 16 bits
@@ -119,6 +120,7 @@ class ModelArguments(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.lora_modules_to_save = split_names(self.lora_modules_to_save)
         if self.model_name_or_path is None:
             raise UserError("--model_name_or_path is missing: give a folder or a model of the hub.")
         if self.model_name_or_path in HUB_IDS and not os.path.isdir(self.model_name_or_path):

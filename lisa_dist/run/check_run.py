@@ -19,7 +19,7 @@ from lisa_dist.checkpoint.resume import has_only_weights
 from lisa_dist.checkpoint.trainer_checkpoint import newest_trainer_checkpoint
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
-from lisa_dist.core.adapters import add_adapters
+from lisa_dist.core.adapters import add_adapters, check_modules_to_save
 from lisa_dist.core.blocks import (
     find_blocks,
     model_without_weights,
@@ -351,6 +351,8 @@ def _check_model(config: RunConfig) -> None:
             f"{flag}: its weights are quantized (quant_method {stored}), and they are what trains; give a model in "
             "bf16, or save this one dequantized."
         )
+    if config.run.method == "lora" and config.run.task != REWARD and type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        check_modules_to_save(model_without_weights(model_config), config.model.lora_modules_to_save or ())
     if config.run.method == "lisa":
         _check_layers(config, model_config)
     elif (rank := config.lisa.lisa_adapters) is not None:

@@ -14,7 +14,7 @@ from lisa_dist.config import LisaConfig
 from lisa_dist.core.activation_checkpointing import AUTO, parse_checkpointed_layers
 from lisa_dist.core.blocks import find_blocks, split_into_modules
 from lisa_dist.presets import NONE
-from lisa_dist.run.arguments import ALL_LINEAR, ModelArguments, RunConfig, run_parser
+from lisa_dist.run.arguments import ALL_LINEAR, ModelArguments, RunConfig, model_config_of, run_parser
 from lisa_dist.run.settle import Settled, describe_preset, installed_versions
 from lisa_dist.run_folder import without_secrets
 from lisa_dist.tasks import SFT, TASKS
@@ -45,6 +45,7 @@ def describe_run(settled: Settled, template: str, processor: str) -> str:
         ("chat template", template),
         ("processor", processor),
         ("adapters", _describe_adapters(config.model) if config.run.method == "lora" else ""),
+        ("trained whole", _describe_copies(config) if config.run.method == "lora" else ""),
         ("reference model", REFERENCE if config.lisa.lisa_adapters and task in ("dpo", "kto") else ""),
         ("optimizer", f"{optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),
         ("global batch size", str(batch)),
@@ -75,6 +76,15 @@ def _describe_adapters(model_args: ModelArguments) -> str:
     where = ", ".join([named] if isinstance(named, str) else named or [])
     where = "all linear layers but the head" if where == ALL_LINEAR else where
     return f"rank {model_args.lora_r}, alpha {model_args.lora_alpha}, dropout {model_args.lora_dropout}, on {where}"
+
+
+def _describe_copies(config: RunConfig) -> str:
+    names = config.model.lora_modules_to_save
+    if not names:
+        return ""
+    tied = getattr(model_config_of(config).get_text_config(), "tie_word_embeddings", False)
+    untied = "; embedding and head, tied in this model, are separate from now on" if tied else ""
+    return f"copies of {', '.join(names)}, saved with the adapters{untied}"
 
 
 def describe_devices(args: TrainingArguments) -> str:

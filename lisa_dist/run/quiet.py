@@ -37,6 +37,8 @@ def leave_out_useless_words() -> None:
     """From now on."""
     for warning in _DEPRECATED:
         warnings.filterwarnings("ignore", warning, FutureWarning)
+    # peft's, of tied models; the header says it.
+    warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
     for name in _USELESS:
         logging.getLogger(name).addFilter(_is_of_use)  # which a logger has once
 

@@ -331,6 +331,7 @@ def _plan_arguments(config: RunConfig, loss: str, gpu_bytes: int | None, bounded
         method=config.run.method,
         task=config.run.task,
         lora_r=config.model.lora_r,
+        lora_modules_to_save=config.model.lora_modules_to_save,
         optim=getattr(training.optim, "value", training.optim),
         precision="fp32" if is_fp32 else "bf16",  # fp16 takes as much
         gradient_accumulation_steps=training.gradient_accumulation_steps,

@@ -130,6 +130,8 @@ def test_the_command_says_what_was_planned(tiny_config):
     assert command(lisa=frozen).endswith("--lisa_activated_layers 2 --lisa_always_on '' --lisa_frozen embed,head,rest")
     assert "--method lora " in command(method="lora")
     assert command(method="lora", lora_r=8).endswith("--lora_r 8 --lora_dropout 0.0 --checkpointed_layers none")
+    copies = command(method="lora", lora_modules_to_save=["embed_tokens,lm_head"])
+    assert " --lora_dropout 0.0 --lora_modules_to_save embed_tokens,lm_head --checkpointed_layers " in copies
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from lisa_dist.memory import repeated_layers
 from lisa_dist.memory.repeated_layers import find_stand_ins, kinds_of, trained_kinds
 from lisa_dist.memory.trace import FakeRun, FakeRuns
-from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS, OWN, RATIO, SCORE, Trained, Workload
+from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS, OWN, RATIO, SCORE, Lora, Trained, Workload
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 LLAMA = LlamaConfig(**SIZES, num_hidden_layers=12)
@@ -40,7 +40,7 @@ def found_by(run: FakeRun, trained: Trained | None, reduces_rows: bool = False) 
 
 def traced(config: PretrainedConfig, workload: Workload, trained: Trained | None, lora_rank: int = 0) -> tuple:
     """The same of a new run, and how many decoder layers have run forward."""
-    run, calls = FakeRun(config, workload, lora_rank), []
+    run, calls = FakeRun(config, workload, Lora(lora_rank) if lora_rank else None), []
     for layer in run.model.get_submodule(run.blocks.layers_path):
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(None))  # also where it is computed again
     return found_by(run, trained), len(calls)

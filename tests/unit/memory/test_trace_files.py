@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from lisa_dist.files import CACHE, cache_folder
 from lisa_dist.memory import trace_files
 from lisa_dist.memory.trace import FakeRun, FakeRuns, PlanError
-from lisa_dist.memory.workload import CHUNKED, LOGITS, OWN, Trained, Workload
+from lisa_dist.memory.workload import CHUNKED, LOGITS, OWN, Lora, Trained, Workload
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 LLAMA = LlamaConfig(**SIZES, num_hidden_layers=9)
@@ -58,7 +58,7 @@ def found_by(run: FakeRun, period: Trained | None = PERIOD, reduces_rows: bool =
 
 def trace_of(config=LLAMA, workload=WORKLOAD, period=PERIOD, reduces_rows=False, lora_rank=0, layers_attribute=None):
     """The same by a new fake run, and whether a step has run for it."""
-    run, calls = FakeRun(config, workload, lora_rank, layers_attribute, on_disk=True), []
+    run, calls = FakeRun(config, workload, Lora(lora_rank) if lora_rank else None, layers_attribute, on_disk=True), []
     run.model.register_forward_hook(lambda *_: calls.append(None))
     return found_by(run, period, reduces_rows), bool(calls)
 

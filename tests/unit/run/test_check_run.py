@@ -394,6 +394,14 @@ def test_a_run_that_writes_over_another_one_leaves_none_of_its_checkpoints(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"lisa_run.json", "checkpoint-notes.txt", "checkpoint-4.tar"}
 
 
+def test_a_module_to_save_that_the_model_lacks(folder, tmp_path):
+    """peft would train no copy of it, without a warning."""
+    flags = flags_for(folder, tmp_path / "out", method="lora", lora_modules_to_save="embed_tokens,head_lm")
+    assert "--lora_modules_to_save head_lm: LlamaForCausalLM has no module" in refused(
+        check_config, parse_arguments(flags)
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "rank", "said"),
     [
