@@ -156,6 +156,15 @@ def scales_beside(rank: int | None, frozen: Collection[str]) -> dict[str, float]
     return of_embed | {ADAPTERS: ADAPTERS_RATE * min(1.0, (16 / rank) ** 0.5)}
 
 
+def check_load_in_4bit(method: str, stage: int) -> None:
+    """Raise UserError for weights in 4 bits that the method trains, or that ZeRO-3 would partition."""
+    if method != "lora":
+        way_out = "Use `--method lora`" + (" or `--lisa_frozen_bits 4`." if method == "lisa" else ".")
+        raise UserError(f"--load_in_4bit with --method {method}: weights in 4 bits cannot train. {way_out}")
+    if stage == 3:
+        raise UserError("--load_in_4bit with ZeRO-3: it cannot partition weights in 4 bits. Use `--deepspeed zero2`.")
+
+
 def check_lr_scales(config: Any) -> None:
     flag = f"--lisa_lr_scale {config.lisa_lr_scale}"
     for block, scale in config.lr_scales.items():

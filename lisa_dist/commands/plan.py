@@ -37,6 +37,7 @@ HELP = {
         "method": "lisa, full or lora",
         "task": "sft, dpo, kto, orpo, reward or grpo: some have a reference model too",
         "lora_r": "of the adapters, for --method lora",
+        "load_in_4bit": "weights in 4 bits, for --method lora: QLoRA",
         "lora_modules_to_save": "modules that train whole next to them, for --method lora",
         "seq_length": "tokens of a sequence",
         "micro_batch_size": "examples of a GPU in a forward pass",

@@ -86,6 +86,20 @@ def check_form(form: Form, numels: Iterable[int], device: torch.device) -> None:
         ) from error
 
 
+def linear_4bit_bytes(shapes: Iterable[Sequence[int]], is_nested: bool) -> int:
+    """Return the bytes of bitsandbytes' Linear4bit modules of these shapes, each with tables of its own.
+
+    Scales are in fp32, or in 8 bits with scales and a mean of their own where `is_nested`.
+    """
+    total = 0
+    for shape in shapes:
+        numel = math.prod(shape)
+        scales = -(-numel // BLOCKSIZES[4])
+        total += -(-numel // 2) + 16 * 4
+        total += scales + 4 * -(-scales // _SCALES_BLOCKSIZE) + 4 + 256 * 4 if is_nested else 4 * scales
+    return total
+
+
 def quantized_bytes(shapes: Iterable[Sequence[int]], form: Form) -> int:
     """Bytes of the codes of tensors of these shapes, with their scales."""
     total = 0

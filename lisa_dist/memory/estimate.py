@@ -23,7 +23,7 @@ import torch
 
 from lisa_dist.config import LisaConfig
 from lisa_dist.config_rules import FACTORED
-from lisa_dist.core.frozen_forms import quantized_bytes
+from lisa_dist.core.frozen_forms import linear_4bit_bytes, quantized_bytes
 from lisa_dist.core.selection import most_active, sampled_blocks, split_by_decay
 from lisa_dist.kernels.adamw import chunk_bytes
 from lisa_dist.kernels.dynamic_code import table_bytes
@@ -86,7 +86,8 @@ class StepEstimate:
         """The model that computes a micro-batch."""
         config = self.config
         of_layers: dict[str, Any] = {"by_module": config.by_module, "adapters": config.lisa_adapters}
-        workload = replace(workload, frozen_bits=config.frozen_form, streams=config.streams, **of_layers)
+        bits = 4 if self.lora is not None and self.lora.in_4_bits else config.frozen_form
+        workload = replace(workload, frozen_bits=bits, streams=config.streams, **of_layers)
         return self.runs.of(workload, self.lora, config.lisa_layers_attribute)
 
     def of(
@@ -288,7 +289,10 @@ class StepPlan:
             return sum(share_numel(numel, self.world_size) for numel in numels) * self._element
         quantized = [matrix.parameter for matrix in self.run.quantized_matrices(self._trained)]
         elsewhere = sum(parameter.numel() for parameter in (*quantized, *self._trained))
-        in_codes = quantized_bytes([one.shape for one in quantized], self.run.workload.frozen_bits)
+        shapes = [one.shape for one in quantized]
+        in_codes = quantized_bytes(shapes, self.run.workload.frozen_bits)
+        if self.run.lora is not None and self.run.lora.in_4_bits:
+            in_codes = linear_4bit_bytes(shapes, self.run.lora.is_nested)
         if self.run.workload.streams:  # two layers
             in_codes = 2 * max(stored_bytes(self.run, self.run.workload.frozen_bits))
         # Active weights lie in padded buffers.

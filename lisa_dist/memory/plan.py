@@ -74,6 +74,10 @@ class PlanArguments:
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that train whole next to the adapters, such as embed_tokens,lm_head."}
     )
+    load_in_4bit: bool = field(default=False, metadata={"help": "As in training, with --method lora: QLoRA."})
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "As in training, with --load_in_4bit: scales in 8 bits."}
+    )
     lisa_preset: str | None = field(default=None, metadata={"help": "As in training, and by the same rule."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
     precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
@@ -112,6 +116,9 @@ class PlanArguments:
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
         self.lora_modules_to_save = split_names(self.lora_modules_to_save)
+        if self.load_in_4bit and self.precision != "bf16":
+            rule = "adapters of weights in 4 bits train in bf16. Use `--precision bf16`"
+            raise UserError(f"--precision {self.precision} with --load_in_4bit: {rule}.")
         check_task(self.task)
         check_preset(self.lisa_preset)
         if self.task == KTO and self.micro_batch_size < 2:
@@ -153,7 +160,10 @@ class PlanArguments:
     @property
     def lora(self) -> Lora | None:
         """The adapters of `--method lora`; None with another method."""
-        return Lora(self.lora_r, tuple(self.lora_modules_to_save or ())) if self.method == "lora" else None
+        if self.method != "lora":
+            return None
+        names = tuple(self.lora_modules_to_save or ())
+        return Lora(self.lora_r, names, self.load_in_4bit, self.load_in_4bit and self.use_bnb_nested_quant)
 
     @property
     def has_reference(self) -> bool:
@@ -352,6 +362,8 @@ def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | Non
         flags["gradient_accumulation_steps"] = arguments.gradient_accumulation_steps
     if arguments.method == "lora":
         flags |= {"lora_r": arguments.lora_r, "lora_dropout": 0.0}  # whose masks the plan does not count
+        flags["load_in_4bit"] = arguments.load_in_4bit or None
+        flags["use_bnb_nested_quant"] = (arguments.load_in_4bit and arguments.use_bnb_nested_quant) or None
         flags["lora_modules_to_save"] = ",".join(arguments.lora_modules_to_save or ()) or None
     flags["checkpointed_layers"] = plan.workload.checkpointed_layers
     if arguments.method != "lisa":

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS
+from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS, check_load_in_4bit
 from lisa_dist.core.activation_checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.adapters import check_modules_to_save
 from lisa_dist.core.blocks import model_without_weights, number_of_decoder_layers
@@ -99,6 +99,8 @@ class Planner:
         arguments, lisa = self._arguments, self._lisa
         content = copy.deepcopy(ds_config) if isinstance(ds_config, dict) else read_ds_config(ds_config)
         prepare_ds_config(content, lisa, arguments.optim, arguments.precision)
+        if arguments.load_in_4bit:
+            check_load_in_4bit(arguments.method, content["zero_optimization"]["stage"])
         fill_secondary_partitions(content, arguments.ranks_of_hosts, arguments.has_reference)
         workload = Workload(
             -(-arguments.seq_length // arguments.sequence_parallel),
@@ -285,7 +287,7 @@ class _Peaks:
     def of_lora(self, lisa_config: LisaConfig) -> int:
         """The memory of a LoRA step, with the loss that was settled on, and a tenth more."""
         asked = {one.name: getattr(self._asked, one.name) for one in fields(PlanArguments)}  # those of init refuse LoRA
-        plain = {"lora_r": LORA_RANK, "lora_modules_to_save": None, "optim": TORCH_ADAMW[1]}
+        plain = {"lora_r": LORA_RANK, "lora_modules_to_save": None, "load_in_4bit": False, "optim": TORCH_ADAMW[1]}
         lora = PlanArguments(**asked | {"method": "lora"} | plain)
         model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
         return int(1.1 * self._peaks_of(lora, model_alone)(self._losses[0]))
@@ -360,6 +362,8 @@ def make_plans(
             is_unquantized = "lisa_frozen_bits" in preset and cuts_weights(ds_config)
             asked = replace(lisa_config, lisa_frozen_bits="16") if is_unquantized else lisa_config
             prepare_ds_config(ds_config, asked, arguments.optim, arguments.precision)
+            if arguments.load_in_4bit:
+                check_load_in_4bit(arguments.method, ds_config["zero_optimization"]["stage"])
             settled, _ = with_most_layers(config, arguments, asked, way, runs=runs)
         except UserError as error:
             refused = refused or error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits

@@ -6,6 +6,7 @@ LISA would train, and every allocation is counted. `estimate.py` adds what DeepS
 
 import contextlib
 import copy
+import itertools
 import logging
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -149,7 +150,7 @@ class FakeRun:
         on_disk: bool = False,
     ) -> None:
         """`on_disk`: traces are read from files and written to them, as for plans, which ask for the same again."""
-        self.workload = workload
+        self.workload, self.lora = workload, lora
         self.vocab_size = config.get_text_config().vocab_size
         self.hidden_size = config.get_text_config().hidden_size
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -170,6 +171,10 @@ class FakeRun:
         self._tiles = tile_mlps(self.model, self.blocks)
         of_layers = quantizable_matrices(self.model, [layer.parameters for layer in self.blocks.layers])
         self.matrices = [list(matrices.values()) for matrices in of_layers]
+        if lora is not None and lora.in_4_bits:
+            self.matrices = [[one for one in matrices if one.is_linear] for matrices in self.matrices]
+            for matrix in itertools.chain(*self.matrices):  # peft clones what Linear4bit returns
+                matrix.module.register_forward_hook(lambda module, args, output: output.clone())
         if workload.by_module:
             self.blocks = split_into_modules(self.model, self.blocks)
         self._parameters = dict(self._run.named_parameters())

@@ -53,6 +53,8 @@ class Lora:
 
     rank: int
     modules_to_save: tuple[str, ...] = ()
+    in_4_bits: bool = False  # bitsandbytes' Linear4bit instead of the linear modules (--load_in_4bit)
+    is_nested: bool = False  # whose scales have 8 bits (--use_bnb_nested_quant)
 
 
 @dataclass(frozen=True)

@@ -128,10 +128,9 @@ class ModelArguments(ModelConfig):
                 f"--model_name_or_path {self.model_name_or_path}: a name that init and plan know; the model is "
                 f"{HUB_IDS[self.model_name_or_path]}."
             )
-        for flag, instead in (("use_peft", "give --method lora"), ("load_in_4bit", ""), ("load_in_8bit", "")):
+        for flag, instead in (("use_peft", "give --method lora"), ("load_in_8bit", "give --load_in_4bit")):
             if getattr(self, flag):
-                rule = instead or "every method trains on weights in full precision; leave it out"
-                raise UserError(f"--{flag} True: {rule}.")
+                raise UserError(f"--{flag} True: it is not supported; {instead}.")
         known = self.dtype in (None, "auto") or isinstance(getattr(torch, str(self.dtype), None), torch.dtype)
         if not known:
             raise UserError(f"--dtype {self.dtype}: unknown; give auto or a name of torch's, such as bfloat16.")

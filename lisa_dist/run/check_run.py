@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from lisa_dist.checkpoint.resume import has_only_weights
 from lisa_dist.checkpoint.trainer_checkpoint import newest_trainer_checkpoint
-from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
+from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS, check_load_in_4bit
 from lisa_dist.core.activation_checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.adapters import add_adapters, check_modules_to_save
 from lisa_dist.core.blocks import (
@@ -113,6 +113,8 @@ def _check_flags(config: RunConfig) -> None:
         raise UserError(f"--eval_strategy {strategy}: there are no rows to evaluate; {way_out}.")
     check_compile(training, ds_config, config.lisa if method == "lisa" else None)
     check_eval_frozen_bits(config.run.eval_frozen_bits, config.lisa)
+    if config.model.load_in_4bit:
+        check_load_in_4bit(method, (ds_config.get("zero_optimization") or {}).get("stage", 0))
     if method != "lisa":
         _check_other_method(config)
         return
@@ -345,6 +347,8 @@ def _check_model(config: RunConfig) -> None:
     if config.run.loss != AUTO:
         check_loss_of_run(config, model_config)
     stored = stored_quantization(model_config)
+    if stored is not None and config.model.load_in_4bit:
+        raise UserError(f"{flag} with --load_in_4bit: its weights are quantized already ({stored}). Leave it out.")
     is_loaded = stored is None or (stored == DEQUANTIZED and config.run.task == SFT)
     if not is_loaded and config.run.method != "lora":  # whose adapters train on any weights
         raise UserError(

@@ -75,6 +75,9 @@ def _describe_adapters(model_args: ModelArguments) -> str:
     named = model_args.lora_target_modules  # one name or several
     where = ", ".join([named] if isinstance(named, str) else named or [])
     where = "all linear layers but the head" if where == ALL_LINEAR else where
+    if model_args.load_in_4bit:
+        nested = ", double quantization" if model_args.use_bnb_nested_quant else ""
+        where += f", whose weights have 4 bits ({model_args.bnb_4bit_quant_type}{nested})"
     return f"rank {model_args.lora_r}, alpha {model_args.lora_alpha}, dropout {model_args.lora_dropout}, on {where}"
 
 

@@ -19,6 +19,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
+from trl import get_quantization_config
 
 from lisa_dist.checkpoint.folders import checkpoints_by_age
 from lisa_dist.config import LisaConfig
@@ -152,6 +153,11 @@ def _set_for_trl(config: RunConfig, attention: str) -> None:
         "attn_implementation": attention,
         "dtype": config.model.dtype or _DTYPES[precision_of_arguments(training)],
     } | given
+    if config.model.load_in_4bit:
+        model_args: Any = copy.copy(config.model)
+        model_args.dtype = loads_by["dtype"]  # products are computed in it
+        in_4_bits: Any = get_quantization_config(model_args)
+        loads_by["quantization_config"] = in_4_bits.to_dict()  # trackers write it as JSON
     if config.run.task == "orpo":
         loads_by["device_map"] = None  # which would be auto, for one process with all GPUs
     training.model_init_kwargs = loads_by
@@ -332,6 +338,8 @@ def _plan_arguments(config: RunConfig, loss: str, gpu_bytes: int | None, bounded
         task=config.run.task,
         lora_r=config.model.lora_r,
         lora_modules_to_save=config.model.lora_modules_to_save,
+        load_in_4bit=config.model.load_in_4bit,
+        use_bnb_nested_quant=config.model.use_bnb_nested_quant,
         optim=getattr(training.optim, "value", training.optim),
         precision="fp32" if is_fp32 else "bf16",  # fp16 takes as much
         gradient_accumulation_steps=training.gradient_accumulation_steps,

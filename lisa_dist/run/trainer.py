@@ -121,6 +121,8 @@ def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
     trainer.write_card = partial(write_card, str(config.training.output_dir))
     if config.run.method != "lisa" and config.training.torch_compile:
         trainer.add_callback(CompiledLayers(trainer, config.lisa.lisa_layers_attribute))
+    if config.model.load_in_4bit:
+        _keep_codes_for_training(trainer.model)
     if config.training.bf16 and config.training.use_cpu and not cpu_multiplies_bf16():
         multiply_in_fp32(trainer.model)
     if config.run.sample_prompt:
@@ -129,6 +131,16 @@ def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
     if config.run.layer_norms:
         trainer.add_callback(LayerNorms(config.run.layer_norms, config.lisa.lisa_layers_attribute))
     return trainer
+
+
+def _keep_codes_for_training(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit codes for inference when it evaluates on CPUs with AVX-512 BF16.
+
+    Packed weights give no gradients to the layers below, and widths that are no multiple of 64 cannot be packed.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _adapters(config: RunConfig) -> PeftConfig | None:

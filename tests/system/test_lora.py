@@ -1,6 +1,7 @@
-"""The baseline `--method lora` from the command line: modules that train whole next to the adapters."""
+"""The baseline `--method lora` from the command line: modules that train whole, and weights in 4 bits (QLoRA)."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("cpu_ops")
 EMBED, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 
 
-@pytest.mark.parametrize(("stage", "tied"), [full("zero1", False), ("zero2", True), ("zero3", False)])
+@pytest.mark.parametrize(("stage", "tied"), [full("zero1", False), ("zero2", True), full("zero3", False)])
 def test_modules_to_save_train_whole_and_are_saved(folder, tmp_path, stage, tied):
     """As peft has them: a tied embedding and head become two copies, which the header says."""
     changes = {"method": "lora", "lora_r": 4, "lora_dropout": 0.0, "deepspeed": stage, "max_steps": 6}
@@ -38,3 +39,20 @@ def test_modules_to_save_train_whole_and_are_saved(folder, tmp_path, stage, tied
     loaded = PeftModel.from_pretrained(base, tmp_path / "out").base_model.model
     assert torch.equal(loaded.get_input_embeddings().weight, adapter[EMBED])
     assert torch.equal(loaded.lm_head.weight, adapter[HEAD])
+
+
+def test_adapters_of_weights_in_4_bits_train_and_resume_bit_for_bit(folder, tmp_path):
+    changes = {"method": "lora", "lora_r": 4, "deepspeed": "zero2", "bf16": True, "max_steps": 6}
+    changes |= {"load_in_4bit": True, "use_bnb_nested_quant": True, "save_strategy": "steps", "save_steps": 4}
+    words = flags_for(folder, tmp_path / "out", **changes)
+    said = on_two_ranks(words, tmp_path)
+    assert "on all linear layers but the head, whose weights have 4 bits (nf4, double quantization)" in said
+    whole = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(name.endswith("lora_B.weight") and value.any() for name, value in whole.items())
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    on_two_ranks([*words, "--resume_from_checkpoint", "true"], tmp_path)
+    resumed = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), tmp_path / "out")
+    assert torch.isfinite(adapted(torch.ones(1, 8, dtype=torch.long)).logits).all()

@@ -9,6 +9,7 @@ from models import tiny_llama
 
 import lisa_dist
 from lisa_dist.commands.plan import main
+from lisa_dist.errors import UserError
 from lisa_dist.memory.plan import PlanArguments, command_for, load_model_config
 from lisa_dist.memory.planner import make_plans
 from lisa_dist.model_names import name_or_folder, shipped_model_configs
@@ -130,6 +131,14 @@ def test_the_command_says_what_was_planned(tiny_config):
     assert command(lisa=frozen).endswith("--lisa_activated_layers 2 --lisa_always_on '' --lisa_frozen embed,head,rest")
     assert "--method lora " in command(method="lora")
     assert command(method="lora", lora_r=8).endswith("--lora_r 8 --lora_dropout 0.0 --checkpointed_layers none")
+    in_4_bits = {"method": "lora", "load_in_4bit": True, "use_bnb_nested_quant": True}
+    assert " --load_in_4bit True --use_bnb_nested_quant True --checkpointed_layers " in command(**in_4_bits)
+    with pytest.raises(UserError, match="--load_in_4bit with ZeRO-3"):
+        make_plans(
+            load_model_config(tiny_config),
+            PlanArguments(tiny_config, deepspeed="zero3", **in_4_bits),
+            lisa_dist.LisaConfig(),
+        )
     copies = command(method="lora", lora_modules_to_save=["embed_tokens,lm_head"])
     assert " --lora_dropout 0.0 --lora_modules_to_save embed_tokens,lm_head --checkpointed_layers " in copies
 

@@ -49,7 +49,7 @@ def test_every_recipe_parses(recipe):
         ("--loss nll", "--loss nll: unknown"),
         ("--long_examples chop", "--long_examples chop: unknown"),
         ("--eval_rows 1.5", "--eval_rows 1.5: give a number of examples, or a fraction below 1"),
-        ("--load_in_4bit True", "--load_in_4bit True"),
+        ("--load_in_8bit True", "--load_in_8bit True: it is not supported; give --load_in_4bit"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(flags, said):

@@ -403,6 +403,19 @@ def test_a_module_to_save_that_the_model_lacks(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "lora", "deepspeed": "zero3"}, "--load_in_4bit with ZeRO-3: it cannot partition weights in 4 bits"),
+        ({"method": "full"}, "--load_in_4bit with --method full: weights in 4 bits cannot train. Use `--method lora`."),
+        ({"method": "lisa"}, "weights in 4 bits cannot train. Use `--method lora` or `--lisa_frozen_bits 4`."),
+    ],
+)
+def test_weights_in_4_bits_that_cannot_be(folder, tmp_path, changes, said):
+    flags = flags_for(folder, tmp_path / "out", load_in_4bit=True, **changes)
+    assert said in refused(check_config, parse_arguments(flags))
+
+
+@pytest.mark.parametrize(
     ("changes", "rank", "said"),
     [
         (
