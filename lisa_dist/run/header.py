@@ -3,7 +3,7 @@
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -22,19 +22,23 @@ from lisa_dist.text import format_table
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.zero.parameters import parameter_numel
 
+_OF_LORA = ("lora_", "use_rslora", "use_dora", "bnb_4bit", "use_bnb")  # beginnings of the names of its flags
 REFERENCE = "a model of its own: the weights below --lisa_adapters change too"
 
 
-def describe_run(settled: Settled, template: str, processor: str) -> str:
-    """A table of how the run is run; `processor` is what images would go by, or ""."""
+def describe_run(settled: Settled, template: str, processor: str, given: Collection[str] = ()) -> str:
+    """Return a table of how the run is run.
+
+    `processor` is what images would go by, or "". `given` are the names of the flags that the user gave.
+    """
     config, args, task = settled.config, settled.config.training, settled.config.run.task
     checkpointed = None if config.run.method == "lisa" else parse_checkpointed_layers(config.run.checkpointed_layers)
     which = {0: "no layer", AUTO: "all layers; auto chooses among them with --method lisa alone", None: ""}
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    optim = getattr(args.optim, "value", args.optim)
+    optim, has_preset = getattr(args.optim, "value", args.optim), config.run.lisa_preset not in (None, NONE)
     rows = [
         ("method", config.run.method),
-        ("preset", describe_preset(config) if config.run.lisa_preset not in (None, NONE) else ""),
+        ("preset", describe_preset(config) if has_preset and config.run.method == "lisa" else ""),
         ("layers", settled.layers_line),
         ("task", f"{task}: {TASKS[task].what}" if task != SFT else ""),
         ("model from", str(config.model.model_name_or_path)),
@@ -51,23 +55,24 @@ def describe_run(settled: Settled, template: str, processor: str) -> str:
         ("global batch size", str(batch)),
         ("versions", ", ".join(f"{name} {version}" for name, version in installed_versions().items())),
         ("checkpointing", which.get(checkpointed, "all layers")),
-        *(("without effect", text) for text in _without_effect(config)),
+        *(("without effect", text) for text in _without_effect(config, given)),
     ]
     return "run\n" + format_table([row for row in rows if row[1]])
 
 
-def _without_effect(config: RunConfig) -> list[str]:
-    """Flags of other methods: the same recipe may serve to compare methods."""
+def _without_effect(config: RunConfig, given: Collection[str]) -> list[str]:
+    """List the flags of other methods, also those `given` their default: one recipe may serve to compare methods."""
     defaults, fields = LisaConfig().to_dict(), ModelArguments.__dataclass_fields__
-    of_lisa = [name for name, value in config.lisa.to_dict().items() if value != defaults[name]]
+    of_lisa = ["lisa_preset"] if config.run.lisa_preset not in (None, NONE) else []
+    of_lisa += [name for name, value in config.lisa.to_dict().items() if value != defaults[name] or name in given]
     of_lisa += ["gpu_memory"] if config.run.gpu_memory is not None else []
     of_lisa += ["save_async"] if config.run.save_async else []
-    of_lora = [name for name in fields if name.startswith("lora_")]
-    of_lora = [name for name in of_lora if getattr(config.model, name) != fields[name].default]
+    of_lora = [name for name in fields if name.startswith(_OF_LORA)]
+    of_lora = [name for name in of_lora if getattr(config.model, name) != fields[name].default or name in given]
     return [
-        f"{', '.join(f'--{name}' for name in given)}, which are for --method {method}"
-        for method, given in (("lisa", of_lisa), ("lora", of_lora))
-        if given and config.run.method != method
+        f"{', '.join(f'--{name}' for name in names)}, which are for --method {method}"
+        for method, names in (("lisa", of_lisa), ("lora", of_lora))
+        if names and config.run.method != method
     ]
 
 

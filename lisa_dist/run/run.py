@@ -14,7 +14,7 @@ from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.errors import UserError
 from lisa_dist.files import naming_lost_files
 from lisa_dist.report.hub import meet_hub, naming_the_hub, without_examples
-from lisa_dist.run.arguments import RunConfig
+from lisa_dist.run.arguments import RunConfig, run_parser
 from lisa_dist.run.check_run import check_config, check_resume
 from lisa_dist.run.header import describe_outcome, describe_run, record_of_run
 from lisa_dist.run.inputs import load_examples, load_processing
@@ -55,7 +55,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> Path | None:
                 lines = without_examples(lines) if config.training.push_to_hub else lines  # the record is pushed too
                 record = record_of_run(settled, argv, trainer.model, lines)
                 write_run(output_dir, record, resumes=goes_on(output_dir, resume_from))
-        trainer.accelerator.print(describe_run(settled, template, processor))
+        trainer.accelerator.print(describe_run(settled, template, processor, run_parser(config.run.task).given(argv)))
         trainer.accelerator.print(_describe_data(config, data))
         with naming_lost_files(output_dir):  # logs, and what trackers write: saves have errors of their own
             _train(trainer, resume_from)

@@ -246,12 +246,14 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
 
 def test_lora_under_the_same_roof(folder, tmp_path):
     changes = {"deepspeed": "zero2", "method": "lora", "lora_r": 4, "lora_dropout": 0.0, "max_steps": 10}
-    changes |= {"checkpointed_layers": "none", "gpu_memory": "23GiB"}
+    changes |= {"checkpointed_layers": "none", "gpu_memory": "23GiB", "lisa_preset": "adapters"}
     (tmp_path / "watched.py").write_text(WATCHED)
     flags = flags_for(folder, tmp_path / "out", **changes)
     said = on_two_ranks(flags, tmp_path, tmp_path / "watched.py", report=True)
     assert re.search("adapters +rank 4, alpha 32, dropout 0.0, on all linear layers but the head", said)
     assert re.search("checkpointing +no layer\n", said)
+    assert "preset adapters" not in re.sub(" +", " ", said)
+    assert re.search("without effect +--lisa_preset, --lisa_interval_steps, --lisa_debug, --gpu_memory, which", said)
     assert set(re.findall(".* layers are checkpointed", said)) == {"0 of 6 layers are checkpointed"}
     held_out = logged(tmp_path / "out", "eval_loss")
     assert held_out[-1] < held_out[0] - 0.05
