@@ -36,6 +36,15 @@ PRESET_HELP = (
 )
 
 
+# The default learning rate, in units of TRL's default for the task: adapters take ten times the rate of all weights.
+RATES_OF_METHODS = {"lisa": 1, "full": 1, "lora": 10}
+
+
+def default_rate(method: str, rate_of_trl: float) -> float:
+    """Return the learning rate of a run where none is given: 2e-4 for `lora` and 2e-5 for the others with `sft`."""
+    return float(f"{rate_of_trl * RATES_OF_METHODS.get(method, 1):.6g}")
+
+
 def reserved_bytes(total: int) -> int:
     """Bytes of a GPU of so many that a plan leaves: to CUDA's context, NCCL, other streams' pools and fragments."""
     return max(3 << 29, total * 6 // 100)

@@ -60,6 +60,12 @@ def format_count(count: int) -> str:
     return f"{count / 1e6:.2f} M" if count >= 1e5 else str(count)
 
 
+def format_rate(rate: float, digits: int = 7) -> str:
+    """Return a learning rate with at most so many digits: 2e-05, 2.3e-04."""
+    mantissa, exponent = f"{rate:.{digits - 1}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
+
+
 def format_columns(lines: Sequence[Sequence[str]]) -> str:
     """Columns, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -21,7 +21,7 @@ from lisa_dist.flags import FlagParser, task_of
 from lisa_dist.flags import run_parser as parser_of_task
 from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.model_names import HUB_IDS
-from lisa_dist.presets import PRESET_HELP, check_preset
+from lisa_dist.presets import PRESET_HELP, check_preset, default_rate
 from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig, check_ranges
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task
@@ -260,7 +260,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     """The arguments of a run from flags and `--config file.yaml`; flags win. Unknown keys and flags are errors."""
     argv = sys.argv[1:] if argv is None else argv
     parser = run_parser(task_of(argv))
-    parser.check(argv)
+    rate_of_trl = parser.get_default("learning_rate")  # before a recipe's becomes the default
+    method = parser.given(argv).get("method", METHODS[0])
+    parser.set_defaults(learning_rate=default_rate(method, rate_of_trl))
     set_rank()
     check_port()
     # What is cheap to check comes first: the training arguments start the process group.

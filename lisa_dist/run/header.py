@@ -18,7 +18,7 @@ from lisa_dist.run.arguments import ALL_LINEAR, ModelArguments, RunConfig, model
 from lisa_dist.run.settle import Settled, describe_preset, installed_versions
 from lisa_dist.run_folder import without_secrets
 from lisa_dist.tasks import SFT, TASKS
-from lisa_dist.text import format_table
+from lisa_dist.text import format_rate, format_table
 from lisa_dist.train.checks import precision_of_arguments
 from lisa_dist.zero.parameters import parameter_numel
 
@@ -51,7 +51,8 @@ def describe_run(settled: Settled, template: str, processor: str, given: Collect
         ("adapters", _describe_adapters(config.model) if config.run.method == "lora" else ""),
         ("trained whole", _describe_copies(config) if config.run.method == "lora" else ""),
         ("reference model", REFERENCE if config.lisa.lisa_adapters and task in ("dpo", "kto") else ""),
-        ("optimizer", f"{optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"),
+        ("optimizer", f"{optim}, weight decay {args.weight_decay}"),
+        ("learning rate", _describe_rate(config, given)),
         ("global batch size", str(batch)),
         ("versions", ", ".join(f"{name} {version}" for name, version in installed_versions().items())),
         ("checkpointing", which.get(checkpointed, "all layers")),
@@ -74,6 +75,15 @@ def _without_effect(config: RunConfig, given: Collection[str]) -> list[str]:
         for method, names in (("lisa", of_lisa), ("lora", of_lora))
         if names and config.run.method != method
     ]
+
+
+def _describe_rate(config: RunConfig, given: Collection[str]) -> str:
+    """Say the learning rate, by block where some multiply it, and whether it is the method's default."""
+    rate = config.training.learning_rate
+    scales = config.lisa.lr_scales if config.run.method == "lisa" else {}
+    by_block = ", ".join(f"{block} {format_rate(rate * scale, digits=2)}" for block, scale in scales.items())
+    default = f" (default of --method {config.run.method})" if given and "learning_rate" not in given else ""
+    return format_rate(rate) + default + (f"; {by_block}" if by_block else "")
 
 
 def _describe_adapters(model_args: ModelArguments) -> str:
