@@ -7,10 +7,12 @@ from lisa_dist.commands import exit_on_error, writing
 from lisa_dist.commands.plan import HELP as HELP_OF_PLAN
 from lisa_dist.commands.plan import tell
 from lisa_dist.config import LisaConfig
+from lisa_dist.core.blocks import number_of_decoder_layers
+from lisa_dist.data.sources import count_rows
 from lisa_dist.flags import FlagParser
 from lisa_dist.memory.plan import learning_rate, load_model_config, preset_settings, with_accumulation
 from lisa_dist.memory.planner import first_that_fits
-from lisa_dist.run.recipe import InitArguments, format_recipe
+from lisa_dist.run.recipe import InitArguments, format_recipe, steps_of_recipe, with_interval
 
 USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--any_flag value ...]"
 # The screen of --help; what is not here is in --help_all.
@@ -39,7 +41,11 @@ def main(argv: Sequence[str]) -> None:
         config = load_model_config(arguments.model)
         arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)
         chosen = first_that_fits(config, arguments, lisa_config, preset, tell=tell)
-        text = format_recipe(chosen, argv, config, learning_rate(arguments.model, config, arguments.task))
+        rows = count_rows(arguments.dataset_name)
+        steps = None if rows is None else steps_of_recipe(chosen.arguments, rows)
+        if steps is not None and not {"lisa_interval_steps"} & {*given, *preset}:
+            chosen = with_interval(chosen, number_of_decoder_layers(config), steps)
+        text = format_recipe(chosen, argv, config, learning_rate(arguments.model, config, arguments.task), steps)
         if arguments.recipe is None:
             print(text, end="")
             return

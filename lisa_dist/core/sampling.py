@@ -8,6 +8,7 @@ sampling with a reservoir", 2006. Visits at given rates, each in a time window o
 progress: a notion of fairness in resource allocation", 1996.
 """
 
+import bisect
 import functools
 import hashlib
 import math
@@ -233,6 +234,72 @@ def balanced_samples(seed: int, counts: Iterable[int], rates: Sequence[float]) -
         yield chosen
         for layer in chosen:
             windows[layer] = window(layer, windows[layer][3] + 1)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many layers the periods of a run of so many `steps` are expected to train at least once.
+
+    `layers` is None for a registered sampler. `interval` is the largest K that would reach all layers, or None where
+    they are reached or no K is enough.
+    """
+
+    steps: int
+    periods: int
+    layers: float | None
+    reaches_all: bool
+    interval: int | None
+
+
+def coverage(
+    sampler: str,
+    num_layers: int,
+    num_active: int,
+    interval: int,
+    steps: int,
+    weights: Sequence[float] | None = None,
+    outer: Sequence[SampledBlock] = (),
+) -> Coverage:
+    """Return what a run of so many `steps` covers with periods of `interval` steps; `weights` and `outer` as of Period.
+
+    By chance a layer of rate r trains in one of P periods with the probability 1 - (1 - r)^P, exactly; there all but
+    half a layer count as all. In turn it has r P visits.
+    """
+    per_period = num_active - sum(block.probability * block.places for block in outer)
+    rates = [per_period / num_layers] * num_layers
+    if weights is not None and sampler in ("weighted", "balanced"):
+        rates = [rate * per_period / max(1, num_active) for rate in inclusion_probabilities(weights, num_active)]
+
+    def layers_in(periods: int) -> float:
+        if sampler == "fixed":
+            return float(num_active)
+        if sampler in ("reshuffle", "balanced"):
+            return sum(min(1.0, rate * periods) for rate in rates)
+        return sum(1 - (1 - rate) ** periods for rate in rates)
+
+    def reaches_all(interval: int) -> bool:
+        missed = sum(rate > 0 for rate in rates) - layers_in(math.ceil(steps / interval))
+        return missed <= (1e-6 if sampler in ("reshuffle", "balanced", "fixed") else 0.5)
+
+    periods = math.ceil(steps / interval)
+    if getattr(SAMPLERS[sampler], "__module__", "") != __name__:
+        return Coverage(steps, periods, None, True, None)
+    if reaches_all(interval):
+        return Coverage(steps, periods, layers_in(periods), True, None)
+    smaller = bisect.bisect_left(range(1, interval), True, key=lambda one: not reaches_all(one))
+    return Coverage(steps, periods, layers_in(periods), False, smaller or None)
+
+
+def describe_coverage(found: Coverage, num_layers: int) -> str:
+    """Return a line on the periods of a run, with the K that would reach all layers if these do not."""
+    text = f"{found.periods} period{'s' if found.periods > 1 else ''} in {found.steps} steps"
+    if found.layers is None:
+        return text
+    count = f"{found.layers:.1f}".removesuffix(".0")
+    text += f"; {count} of {num_layers} layers are expected to train at least once"
+    if found.interval is not None:
+        text += f". `--lisa_interval_steps {found.interval}` would reach all"
+    return text
 
 
 def _uniform(seed: int, stream: int | str, index: int) -> float:

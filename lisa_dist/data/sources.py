@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ _FEATURES = Features({"turns": List(Json()), "tools": Json(), ORIGIN: Value("str
 _WITH_IMAGES = Features({**_FEATURES, "images": List(Image())})
 # What datasets takes for a way to read whatever lies in the current folder.
 _KINDS_OF_FILES = ("arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml")
+_MOST_COUNTED = 10**6  # rows
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,19 @@ def _split_sample_size(source: Source) -> tuple[str, int | None]:
     if not re.fullmatch(r"0*[1-9][0-9]{0,17}", number):
         raise UserError(f"{source.label}: give a number of examples after #, such as {name}#1000.")
     return name, int(number)
+
+
+def count_rows(name: str) -> int | None:
+    """Return the number of rows of a local file, or as many as `name#1000` says.
+
+    None for what is no such file, for texts, which become several examples, and for more rows than a plan needs.
+    """
+    path, sample_size = _split_sample_size(Source(name))
+    file = Path(path)
+    if sample_size is not None or not file.is_file() or readers.suffix_of(file) not in {*SUFFIXES} - {".txt"}:
+        return sample_size
+    rows = sum(example is not None for _, example, _ in islice(readers.read_file(file, name), _MOST_COUNTED))
+    return rows if rows < _MOST_COUNTED else None
 
 
 def open_source(source: Source, streaming: bool = False) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -12,6 +12,8 @@ from transformers import PretrainedConfig
 from lisa_dist.config import LisaConfig
 from lisa_dist.core.activation_checkpointing import AUTO
 from lisa_dist.core.blocks import number_of_decoder_layers
+from lisa_dist.core.layer_weights import load_layer_weights
+from lisa_dist.core.sampling import Coverage, coverage, describe_coverage
 from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
 from lisa_dist.files import check_new_file
@@ -34,6 +36,8 @@ save_steps: 200
 save_total_limit: 2
 report_to: tensorboard              # or wandb, mlflow, ..., none
 """
+_HELD_OUT = 0.02  # of the rows
+_SMALLEST_INTERVAL = 5  # K of a short run, since moments begin again in each period
 _PACKING = "# packing: true                     # several short examples in one sequence, which never see each other"
 _LAYERS = "# of {} decoder layers; fewer are faster, and auto is as many as fit"
 _ALL = "# of {} decoder layers, which are all: full training"
@@ -71,14 +75,42 @@ class InitArguments(PlanArguments):
         return (path.parent if path.name == "config.json" else path).name
 
 
-def format_recipe(chosen: Chosen, argv: Sequence[str], config: PretrainedConfig, rate: float) -> str:
-    """The recipe's text, YAML with comments; `argv` is the command's."""
+def steps_of_recipe(arguments: PlanArguments, rows: int) -> int:
+    """Return the optimizer steps of a recipe's run on so many rows, of which it holds some out."""
+    return max(1, math.ceil((rows - round(_HELD_OUT * rows)) / arguments.answers))
+
+
+def cover_layers(lisa_config: LisaConfig, num_layers: int, steps: int) -> Coverage:
+    """Return what a run of so many steps covers; embedding and head are taken to be always-trained."""
+    config, file = lisa_config, lisa_config.lisa_weights_file
+    weights = None if file is None else load_layer_weights(file, num_layers, config.lisa_activated_layers)
+    sampled_by = config.lisa_sampler, num_layers, config.lisa_activated_layers, config.lisa_interval_steps
+    found = coverage(*sampled_by, steps, weights)
+    return replace(found, layers=None, interval=None) if config.by_module else found
+
+
+def with_interval(chosen: Chosen, num_layers: int, steps: int) -> Chosen:
+    """Return the choice with a smaller K where that many steps have too few periods to train every layer."""
+    found = cover_layers(chosen.lisa_config, num_layers, steps)
+    if found.layers is None or found.reaches_all or chosen.lisa_config.lisa_sampler == "fixed":
+        return chosen
+    interval = max(_SMALLEST_INTERVAL, found.interval or 0)
+    return replace(chosen, lisa_config=replace(chosen.lisa_config, lisa_interval_steps=interval))
+
+
+def format_recipe(
+    chosen: Chosen, argv: Sequence[str], config: PretrainedConfig, rate: float, steps: int | None = None
+) -> str:
+    """Return the recipe's text, YAML with comments; `argv` is the command's, `steps` those of the run if known."""
     arguments, lisa_config, num_layers = chosen.arguments, chosen.lisa_config, number_of_decoder_layers(config)
     assert isinstance(arguments, InitArguments)
     defaults = LisaConfig().to_dict()
     shown = {name: value for name, value in lisa_config.to_dict().items() if value != defaults[name]}
     gamma = shown.pop("lisa_activated_layers", lisa_config.lisa_activated_layers)
     interval = shown.pop("lisa_interval_steps", lisa_config.lisa_interval_steps)
+    periods = ""
+    if steps is not None:
+        periods = f"# {describe_coverage(cover_layers(lisa_config, num_layers, steps), num_layers)}"
     layers = (_ALL if gamma == num_layers else _LAYERS).format(num_layers)
     lines = [
         _head(chosen, arguments, argv),
@@ -86,7 +118,7 @@ def format_recipe(chosen: Chosen, argv: Sequence[str], config: PretrainedConfig,
         "method: lisa",
         *_of_task(arguments),
         *([] if lisa_config.by_module else [f"lisa_activated_layers: {gamma:<13}{layers}"]),
-        f"lisa_interval_steps: {interval}",
+        f"lisa_interval_steps: {interval:<15}{periods}".rstrip(),
         *(f"{name}: {_as_yaml(value)}" for name, value in shown.items()),
         "",
         "# How it is run.",
@@ -127,7 +159,7 @@ def _head(chosen: Chosen, arguments: InitArguments, argv: Sequence[str]) -> str:
 # The model, and the data: files (.jsonl, .json, .csv, .parquet, .txt), folders or datasets of the hub; docs/data.md.
 model_name_or_path: {_as_yaml(name_or_folder(arguments.model))}
 dataset_name: {_as_yaml(arguments.dataset_name)}
-eval_rows: 0.02                     # this part of them is held out
+eval_rows: {_HELD_OUT}                     # this part of them is held out
 output_dir: {_as_yaml(arguments.output_dir or f"runs/{arguments.model_name}")}
 """
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_dist.distributed.signals import StopSignals
 from lisa_dist.distributed.watchdog import Watchdog
@@ -21,6 +21,16 @@ class BestMetric(TrainerCallback):
             return
         known = ", ".join(sorted(metric.removeprefix("eval_") for metric in metrics if metric.startswith("eval_")))
         raise UserError(f"--metric_for_best_model {name}: no metric of an evaluation here; choose one of {known}.")
+
+
+class LastLoss(TrainerCallback):
+    """Logs the loss in the last step of a run that has fewer steps than `logging_steps`, and so would log none."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a log."""
+        is_last = state.global_step == state.max_steps < state.logging_steps
+        if is_last and args.logging_strategy == IntervalStrategy.STEPS:
+            control.should_log = True
 
 
 class StepsLog(TrainerCallback):

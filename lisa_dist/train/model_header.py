@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lisa_dist.core.activation_checkpointing import checkpointed_layers
 from lisa_dist.core.controller import LisaController
+from lisa_dist.core.sampling import coverage, describe_coverage
 from lisa_dist.ds_config import uses_optimizer_offload
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.optim.ops import choose_kernels
@@ -20,8 +22,12 @@ def describe_training(
     ds_config: dict[str, Any],
     optim: str,
     ranks: Sequence[tuple[str, str]],
+    steps: int | None = None,
 ) -> str:
-    """A table of an attached controller: blocks, parameters, `ranks` (rows of their own), states, memory."""
+    """Return a table of an attached controller: blocks, parameters, `ranks` (rows of their own), states, memory.
+
+    `steps` are the optimizer steps of the whole run, where they are known.
+    """
     config, engine = lisa.config, lisa.engine
     numel = {block.name: block.numel for block in lisa.blocks if block.parameters}
     layers = [block.numel for block in lisa.blocks.layers]
@@ -58,6 +64,7 @@ def describe_training(
         ),
         ("inactive", format_count(total - active)),
         ("period", f"{config.lisa_interval_steps} steps with {trained}, {config.lisa_sampler}"),
+        *([] if steps is None else [("periods", _describe_coverage(lisa, steps))]),
         *([("scales of it", format_by_block("--lisa_lr_scale", "", config.lr_scales))] if config.lr_scales else []),
         *ranks,
         ("ZeRO", f"stage {ds_config['zero_optimization']['stage']} on {world_size} rank(s){of_hosts}"),
@@ -68,6 +75,17 @@ def describe_training(
         ("memory now", f"{format_bytes(lisa.live_bytes())} of tensors per rank, before the moments"),
     ]
     return "LISA\n" + format_table(rows)
+
+
+def _describe_coverage(lisa: LisaController, steps: int) -> str:
+    config, selection, num_layers = lisa.config, lisa.selection, lisa.blocks.num_layers
+    active, outer = config.lisa_activated_layers, selection.sampled
+    found = coverage(
+        config.lisa_sampler, num_layers, active, config.lisa_interval_steps, steps, selection.weights, outer
+    )
+    if config.by_module or active == 0:  # modules differ in size, and their number in a period too
+        found = replace(found, layers=None)
+    return describe_coverage(found, num_layers)
 
 
 def _describe_outside(lisa: LisaController) -> str:

@@ -37,7 +37,7 @@ from lisa_dist.files import warning_of_failure
 from lisa_dist.patches import patch
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.text import format_bytes
-from lisa_dist.train.callbacks import StepsLog
+from lisa_dist.train.callbacks import LastLoss, StepsLog
 from lisa_dist.train.sequence_parallel import SequenceParallelMixin
 from lisa_dist.zero.parameters import parameter_numel
 
@@ -73,6 +73,7 @@ class MonitoredMixin(SequenceParallelMixin):
         self._meter = SpeedMeter(self.args.device, self._rows_shared_by)
         self.add_callback(self._meter)
         self.add_callback(StepsLog())
+        self.add_callback(LastLoss())
         self._progress = Progress(self.active_now, plain=self.args.disable_tqdm)
         if self.pop_callback(ProgressCallback) is not None or self.pop_callback(PrinterCallback) is not None:
             self.add_callback(self._progress)

@@ -89,6 +89,7 @@ class LisaMixin(RunMixin):
         self._checkpointed_layers = parse_checkpointed_layers(checkpointed_layers)
         self._gpu_memory = parse_budget(gpu_memory, self._checkpointed_layers == AUTO or layers_are_planned)
         self._layers_are_planned = layers_are_planned
+        self._max_steps: int | None = None  # of the whole run, once training begins
         self.memory: RunMemory | None = None
         self._ranks: list[tuple[str, str]] = []
         self._compute_time: ComputeTime | None = None
@@ -170,6 +171,7 @@ class LisaMixin(RunMixin):
             self._watchdog.beat()  # each may take as long as a step
             prepare()
         self._watchdog.beat()
+        self._max_steps = max_steps
         if self.is_world_process_zero():
             print(self.describe(), flush=True)
         return model, train_dataloader
@@ -329,7 +331,8 @@ class LisaMixin(RunMixin):
 
     def describe(self) -> str:
         """What will be trained, for the header of a run: blocks, parameters, ranks, states."""
-        return describe_training(self._controller, self.model, self._ds_config, self._optim, self._ranks)
+        steps = self._max_steps
+        return describe_training(self._controller, self.model, self._ds_config, self._optim, self._ranks, steps)
 
     @property
     def _ds_config(self) -> dict[str, Any]:

@@ -377,6 +377,17 @@ def test_two_ranks_stop_together_and_resume_to_the_same_bits(folder, tmp_path, m
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", ["lisa", "full"])
+def test_a_run_with_fewer_steps_than_logging_steps_logs_its_last_loss(folder, tmp_path, method):
+    """And the header says that its periods are too few for all layers."""
+    changes = {"method": method, "max_steps": 3, "logging_steps": 10, "eval_strategy": "no", "eval_on_start": False}
+    said = run_well(flags_for(folder, tmp_path / "out", **changes), tmp_path)
+    assert re.search(r"step 3/3  100%  loss \d", said)
+    assert len(logged(tmp_path / "out", "loss")) == 1
+    periods = r"periods +2 periods in 3 steps; 3\.3 of 6 layers are expected to train at least once\n"
+    assert bool(re.search(periods, said)) == (method == "lisa")
+
+
 @pytest.mark.full
 def test_every_method_trains_on_the_same_rows_in_the_same_order(folder, tmp_path):
     """Where nothing is learned the loss of a step says which rows it was of."""

@@ -1,5 +1,6 @@
 """`lisa-dist init`: a recipe that fits and that a run takes as it is."""
 
+import re
 import shlex
 import sys
 
@@ -279,3 +280,30 @@ def test_what_cannot_be_done_is_one_line(tiny, flags, said, capsys):
         main([tiny if word == "TINY" else word for word in flags])
     assert ended.value.code == 2
     assert f"lisa-dist init: {said}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "interval", "said"),
+    [
+        (3000, [], 20, "10 periods in 184 steps; 6 of 6 layers"),
+        (300, ["--lisa_activated_layers", "2"], 5, "4 periods in 19 steps; 4.8 of 6 layers"),
+        (800, [], 16, "4 periods in 49 steps; 5.6 of 6 layers"),
+        (100, [], 5, "2 periods in 7 steps; 4.5 of 6 layers"),  # 1 would be better, but has no momentum
+        (100, ["--lisa_interval_steps", "20"], 20, "1 period in 7 steps; 3 of 6 layers"),
+        (100, ["--lisa_preset", "paper"], 20, "1 period in 7 steps; 2 of 6 layers"),
+        (100, ["--lisa_sampler", "reshuffle"], 6, "2 periods in 7 steps; 6 of 6 layers"),
+    ],
+)
+def test_k_is_chosen_by_the_rows_of_a_local_file(tiny, tmp_path, capsys, rows, flags, interval, said):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n' * rows)
+    main(["--model", tiny, "--gpu_memory", "4GiB", "--dataset_name", str(path), *flags])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("lisa_interval_steps: "))
+    assert re.match(rf"lisa_interval_steps: {interval} +# {re.escape(said)}", line), line
+
+
+def test_k_is_20_where_rows_are_not_counted(tiny, tmp_path, capsys):
+    (tmp_path / "rows.txt").write_text("a text\n" * 9)
+    for name in (str(tmp_path / "rows.txt"), "openai/gsm8k"):
+        main(["--model", tiny, "--gpu_memory", "4GiB", "--dataset_name", name])
+        assert "\nlisa_interval_steps: 20\n" in capsys.readouterr().out

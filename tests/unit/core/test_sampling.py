@@ -16,6 +16,8 @@ from lisa_dist.core.sampling import (
     Period,
     SampledBlock,
     balanced_samples,
+    coverage,
+    describe_coverage,
     inclusion_probabilities,
     sample_period,
     sample_units,
@@ -266,3 +268,47 @@ def test_blocks_are_drawn_with_their_probability_and_layers_with_what_is_left():
     layers = Counter(layer for draw in draws for layer in draw.layers)
     expected = [periods * (2 - 0.2 * 2 - 0.1) / 12] * 12
     assert chi_square([layers[layer] for layer in range(12)], expected) < 31.3
+
+
+@pytest.mark.parametrize("sampler", BUILT_IN)
+@pytest.mark.parametrize("outer", [(), OUTER])
+def test_as_many_layers_train_as_are_expected(sampler, outer):
+    """In the mean of many seeds; in turn, without sampled outer blocks, with each seed."""
+    weights = [1.0 + layer for layer in range(12)] if sampler == "weighted" else None
+    found = coverage(sampler, 12, 2, 20, 70, weights, outer)
+    assert found.periods == 4
+    counts = []
+    for seed in range(400):
+        periods = [sample_period(sampler, Period(12, 2, seed, number, weights, outer)) for number in range(4)]
+        counts.append(len({layer for active in periods for layer in active.layers}))
+    in_turn = sampler in ("reshuffle", "balanced")
+    tolerance = {"abs": 1e-9} if in_turn and not outer else {"abs": 0.15}
+    if in_turn and not outer:
+        assert {*counts} == {8}
+    assert found.layers == pytest.approx(sum(counts) / len(counts), **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "layers", "interval"),
+    [
+        ("uniform", 5 * (1 - 0.6**3), 15),  # 5 periods leave 0.39 layers, 4 leave 0.65
+        ("reshuffle", 5, None),
+        ("fixed", 2, None),
+    ],
+)
+def test_the_largest_k_that_reaches_all_layers_is_named(sampler, layers, interval):
+    steps = 61 if sampler == "uniform" else 60
+    found = coverage(sampler, 5, 2, 25, steps)
+    assert (found.periods, found.layers, found.interval) == (3, pytest.approx(layers), interval)
+    assert found.reaches_all == (sampler == "reshuffle")
+    if interval is not None:
+        assert coverage(sampler, 5, 2, interval, steps).reaches_all
+        assert not coverage(sampler, 5, 2, interval + 1, steps).reaches_all
+        text = "3 periods in 61 steps; 3.9 of 5 layers are expected to train at least once"
+        assert describe_coverage(found, 5) == f"{text}. `--lisa_interval_steps 15` would reach all"
+
+
+def test_a_run_too_short_for_all_layers_names_no_k():
+    found = coverage("uniform", 32, 2, 20, 3)
+    assert (found.periods, found.reaches_all, found.interval) == (1, False, None)
+    assert describe_coverage(found, 32) == "1 period in 3 steps; 2 of 32 layers are expected to train at least once"
