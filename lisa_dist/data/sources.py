@@ -131,7 +131,10 @@ def count_rows(name: str) -> int | None:
 
     None for what is no such file, for texts, which become several examples, and for more rows than a plan needs.
     """
-    path, sample_size = _split_sample_size(Source(name))
+    try:
+        path, sample_size = _split_sample_size(Source(name))
+    except UserError:  # training refuses the name; a recipe keeps it
+        return None
     file = Path(path)
     if sample_size is not None or not file.is_file() or readers.suffix_of(file) not in {*SUFFIXES} - {".txt"}:
         return sample_size

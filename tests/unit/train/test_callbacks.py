@@ -18,7 +18,7 @@ from lisa_dist.train.callbacks import LisaSteps
 # What else a Trainer calls comes right before or after one of the events that beat.
 SILENT = {"on_init_end", "on_train_end", "on_epoch_begin", "on_epoch_end", "on_evaluate", "on_predict", "on_log"}
 SILENT |= {"on_pre_optimizer_step", "on_optimizer_step", "on_push_begin"}
-BEATS = {"on_step_end": 2}  # before and after a plan
+BEATS = {"on_step_end": 3}  # before and after a plan, and before the ranks agree on a signal
 
 
 @pytest.mark.parametrize("event", sorted(name for name in vars(TrainerCallback) if name.startswith("on_")))
@@ -69,5 +69,5 @@ def phases(folder: str) -> list[str]:
 def test_no_two_long_phases_are_without_a_beat_between_them(tmp_path):
     (calls,) = run_ranks(phases, 1, str(tmp_path))
     set_up = ["beat", "load", "beat", "plan", "beat", "ranks", "beat"]
-    step = ["step begins", "beat", "beat", "end_step", "beat", "save", "beat"]
+    step = ["step begins", "beat", "beat", "end_step", "beat", "beat", "save", "beat"]
     assert calls == [*set_up, "train begins", "beat", *step]
