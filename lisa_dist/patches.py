@@ -37,6 +37,9 @@ PATCHES = {
     "packed_mask": "transformers.masking_utils.find_packed_sequence_indices, in a trace: it reads values, and fake "
     "tensors have none (since huggingface/transformers#39194). Upstream: wanted, to be told that rows are not packed. "
     "Remove when a model's arguments can do that.",
+    "repeated_rows": "batch_sampler, dataset and collate_fn of a DataLoader that Accelerate has prepared: rows that it "
+    "repeats to fill the last batches would count twice in the loss. Upstream: wanted, a mark on repeated rows. Remove "
+    "when Accelerate's loaders tell which rows are repeated.",
     "rollouts": "four names of TRL's VLLMGeneration, and generate of its client: all weights would be sent each time. "
     "Upstream: wanted, a hook that names what has changed. Remove when TRL has it.",
     "step_meter": "backward of DeepSpeed's engine and step of its optimizer: memory is read before them. Upstream: "

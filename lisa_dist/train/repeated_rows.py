@@ -10,6 +10,8 @@ from typing import Any
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import Dataset
 
+from lisa_dist.patches import patch
+
 NO_LABEL = -100
 
 
@@ -76,14 +78,14 @@ def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
 
 def leave_out_labels(loader: Any) -> Any:
     """Have a loader that Accelerate has prepared give repeated rows without labels; return the same loader."""
-    sampler = loader.batch_sampler
+    sampler: Any = getattr(loader, "batch_sampler", None)  # a stream has none: every row is read once
     if type(sampler) is not BatchSamplerShard or sampler.num_processes == 1 or sampler.batch_size is None:
         return loader
     marking = _MarkingSampler(
         sampler.batch_sampler, sampler.num_processes, sampler.process_index, sampler.split_batches, sampler.even_batches
     )
-    # torch does not let the first two attributes of a loader be set.
-    vars(loader.base_dataloader).update(
-        batch_sampler=marking, dataset=_MarkingDataset(loader.dataset), collate_fn=_Collate(loader.collate_fn)
-    )
+    inner = loader.base_dataloader
+    patch(inner, "collate_fn", _Collate(loader.collate_fn), of="repeated_rows")
+    # torch's DataLoader refuses to set these two attributes.
+    vars(inner).update(batch_sampler=marking, dataset=_MarkingDataset(loader.dataset))
     return loader
