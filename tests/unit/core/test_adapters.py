@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 
+import deepspeed
 import peft
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lisa_dist.checkpoint.resume import load_checkpoint, start_from_weights
 from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.checkpoint.weights import write_weights
 from lisa_dist.commands.export import main as export_main
-from lisa_dist.core.adapters import loads_adapter, save_config, weight_of
+from lisa_dist.core.adapters import SCALE, loads_adapter, save_config, weight_of
 from lisa_dist.core.controller import LisaController
 from lisa_dist.eval.model import load_model
 from lisa_dist.files import read_json, write_json
@@ -289,3 +290,59 @@ def test_two_saves_at_one_step_and_what_is_evaluated_of_them(tmp_path):
     write_json(tmp_path / "checkpoint-1" / "lisa_state.json", state)
     with pytest.raises(ValueError, match=f"does not list {plain.relative_to(tmp_path / 'checkpoint-1')}"):
         export_checkpoint(tmp_path / "checkpoint-1", tmp_path / "unlisted")
+
+
+def train_beside_peft() -> tuple[list[float], list[float]]:
+    """On a rank: losses of 20 steps with embedding, head and adapters, by LISA and by peft's `modules_to_save`."""
+    tokens = torch.randint(0, 128, (2, 4, 16), generator=torch.Generator().manual_seed(5))
+    batches = [tokens[step % 2] for step in range(20)]
+    losses: dict[str, list[float]] = {}
+
+    def train(engine, lisa) -> list[float]:
+        return [train_step(engine, lisa, [batch]) for batch in batches]
+
+    config = lisa_dist.LisaConfig(
+        lisa_activated_layers=0,
+        lisa_adapters=4,
+        lisa_always_on="embed,head",
+        lisa_frozen="rest",
+        lisa_lr_scale="embed=1,head=1,adapters=1",
+    )
+    model = tiny_llama()
+    engine, lisa = lisa_dist.initialize(model, "zero2", config, lr=3e-3, micro_batch_size=4)
+    initial = {name: value.clone() for name, value in adapter_state(model).items()}
+    losses["lisa"] = train(engine, lisa)
+    lisa.close()
+
+    ours = peft.LoraConfig(
+        r=4,
+        lora_alpha=4 * SCALE,
+        target_modules="all-linear",
+        modules_to_save=["embed_tokens", "lm_head"],
+        task_type="CAUSAL_LM",
+    )
+    adapted = peft.get_peft_model(tiny_llama(), ours)
+    adapters = {name: value for name, value in adapted.named_parameters() if ".lora_" in name}
+    assert len(adapters) == len(initial) > 0
+    for name, value in adapters.items():
+        value.data.copy_(initial[name.removeprefix("base_model.model.").replace(".default", "")])
+    ds_config = lisa_dist.load_ds_config("zero2", model=adapted, micro_batch_size=4)
+    trained = [value for value in adapted.parameters() if value.requires_grad]
+    optimizer = lisa_dist.build_optimizer([{"params": trained, "weight_decay": 0.0}], "adamw_torch", lr=3e-3)
+    engine, *_ = deepspeed.initialize(model=adapted, optimizer=optimizer, config=ds_config)
+    engine.train()
+    losses["peft"] = train(engine, None)
+    return losses["lisa"], losses["peft"]
+
+
+def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters of a model that LISA trains, by the names that peft gives them without the adapter's own."""
+    found = {name: value for name, value in model.named_parameters() if ".lora_" in name}
+    return {name.replace(".default", ""): value.detach() for name, value in found.items()}
+
+
+def test_adapters_with_embedding_and_head_train_as_peft_trains_them():
+    """LoRA with `modules_to_save` and LISA without a sampled layer are the same method."""
+    ((ours, theirs),) = run_ranks(train_beside_peft, 1)
+    assert ours[-1] < ours[0] - 0.1, "it learns"
+    assert ours == pytest.approx(theirs, abs=1e-4)
