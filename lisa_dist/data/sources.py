@@ -131,13 +131,12 @@ def count_rows(name: str) -> int | None:
 
     None for what is no such file, for texts, which become several examples, and for more rows than a plan needs.
     """
-    try:
-        path, sample_size = _split_sample_size(Source(name))
-    except UserError:  # training refuses the name; a recipe keeps it
+    base, _, number = name.rpartition("#")
+    file = Path(name)
+    if base and number.isdecimal() and not file.exists():
+        return int(number)
+    if not file.is_file() or readers.suffix_of(file) not in {*SUFFIXES} - {".txt"}:
         return None
-    file = Path(path)
-    if sample_size is not None or not file.is_file() or readers.suffix_of(file) not in {*SUFFIXES} - {".txt"}:
-        return sample_size
     rows = sum(example is not None for _, example, _ in islice(readers.read_file(file, name), _MOST_COUNTED))
     return rows if rows < _MOST_COUNTED else None
 

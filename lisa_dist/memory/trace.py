@@ -446,7 +446,7 @@ def _tie(model: torch.nn.Module, tied: Mapping[str, str]) -> None:
     """Tie parameters again that `Module.to_empty` has separated; peft's wrappers hide them from `tie_weights`."""
     for name, first in tied.items():
         module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, model.get_parameter(first))
+        model.get_submodule(module).register_parameter(attribute, model.get_parameter(first))
 
 
 def _with_adapters(model: PreTrainedModel, lora: Lora, loss: str) -> torch.nn.Module:

@@ -32,10 +32,6 @@ ALLOWED = {
     ): "transformers removes the last of two such hooks alone",
     ("core/period_log.py", "vars(record).update(measure())"): "a record of ours",
     (
-        "memory/trace.py",
-        "setattr(model.get_submodule(module), attribute, model.get_parameter(first))",
-    ): "the parameters of a model of ours, which is traced",
-    (
         "train/repeated_rows.py",
         "vars(inner).update(batch_sampler=marking, dataset=_MarkingDataset(loader.dataset))",
     ): "listed as repeated_rows; torch refuses to set these attributes, and so `patch` cannot",
