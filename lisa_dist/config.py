@@ -31,7 +31,7 @@ from lisa_dist.config_rules import (
 )
 from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
-from lisa_dist.removed import refuse_removed
+from lisa_dist.removed import refuse_removed, renamed
 from lisa_dist.text import format_by_block, parse_blocks, parse_by_block
 
 Config = TypeVar("Config")
@@ -62,8 +62,8 @@ class LisaConfig:
     lisa_activated_layers: int = setting(
         2,
         "Decoder layers that train in each period (gamma in the paper); 0 for always-trained blocks alone; "
-        "auto for as many as --gpu_memory is enough for; lora for as many as fit what a step of LoRA, rank 16, "
-        "takes without checkpointing and a tenth, two at least and half of the model's at most.",
+        "auto for as many as --gpu_memory is enough for; lora_memory for as many as fit in the memory "
+        "of a LoRA run with rank 16 plus a tenth, two at least and half of the model's at most.",
     )
     lisa_unit: str = setting(
         "layer",
@@ -158,6 +158,7 @@ class LisaConfig:
 
     def __post_init__(self) -> None:
         self.lisa_frozen_bits = str(self.lisa_frozen_bits)
+        self.lisa_activated_layers = renamed("lisa_activated_layers", self.lisa_activated_layers)
         check_choices(self)
         check_periods(self)
         check_units(self)

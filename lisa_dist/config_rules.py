@@ -17,7 +17,7 @@ MASTERS = ("fp32", "bf16_sr")
 FROZEN_BITS = ("16", "8", "4", "fp8")
 Form = int | str  # of frozen weights: their bits, or "fp8"
 AUTO_LAYERS: Any = "auto"  # in the place of a number of layers, until one is planned
-LORA_LAYERS: Any = "lora"  # the same, of as many as fit the memory of LoRA's step
+LORA_LAYERS: Any = "lora_memory"  # as many as fit in the memory of LoRA, until they are planned
 PLANNED_LAYERS = (AUTO_LAYERS, LORA_LAYERS)
 OUTER_BLOCKS = ("embed", "head", "rest")
 ADAPTERS = "adapters"  # the block of --lisa_adapters
@@ -42,7 +42,9 @@ def check_choices(config: Any) -> None:
 def check_periods(config: Any) -> None:
     given = config.lisa_activated_layers
     if given not in PLANNED_LAYERS and not (isinstance(given, int) and given >= 0):
-        raise UserError(f"--lisa_activated_layers {given}: a period trains 0 decoder layers or more, auto, or lora.")
+        raise UserError(
+            f"--lisa_activated_layers {given}: give a number of decoder layers, 0 or more, auto or lora_memory."
+        )
     interval = config.lisa_interval_steps
     if not (isinstance(interval, int) and interval >= 1):
         raise UserError(f"--lisa_interval_steps {interval}: a period lasts at least 1 optimizer step.")

@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from lisa_dist.config_rules import PLANNED_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_yaml
-from lisa_dist.presets import LORA, PRESETS
+from lisa_dist.presets import LORA_MEMORY, PRESETS
 from lisa_dist.removed import refuse_removed_flags, without_removed
 from lisa_dist.tasks import OF_SFT, SFT, check_task
 from lisa_dist.text import in_one_line
@@ -115,7 +115,7 @@ class FlagParser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         """The flags of the groups, a line each: name, default, what it is."""
         actions = {action.dest: action for action in self._actions}
-        by_preset = PRESETS[LORA] if "lisa_preset" in actions else {}
+        by_preset = PRESETS[LORA_MEMORY] if "lisa_preset" in actions else {}
         lines = [f"usage: {self.usage}"]
         for heading, flags in self.groups.items():
             lines += ["", heading]

@@ -12,10 +12,10 @@ from lisa_dist.tasks import GRPO
 SMALL_MOMENTS = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 SMALL_STATES = SMALL_MOMENTS | {"lisa_master": "bf16_sr"}  # of weights in bf16
 _PLANNED: dict[str, Any] = {"optim": "lisa_adamw", "lisa_activated_layers": LORA_LAYERS} | SMALL_STATES
-LORA, ADAPTERS, PAPER, NONE = "lora", "adapters", "paper", "none"
-SMALL = (LORA, ADAPTERS)  # those that fit layers into LoRA's memory, with small states
+LORA_MEMORY, ADAPTERS, PAPER, NONE = "lora_memory", "adapters", "paper", "none"
+SMALL = (LORA_MEMORY, ADAPTERS)  # with small states, and as many layers as fit in LoRA's memory
 PRESETS: dict[str, dict[str, Any]] = {
-    LORA: _PLANNED,
+    LORA_MEMORY: _PLANNED,
     # Where few layers fit: near full training on text that is new to a model and on text that is not.
     ADAPTERS: _PLANNED | {"lisa_adapters": 32, "lisa_frozen_bits": "8", "lisa_state_bits": "embed=8,head=8,layers=8"},
     # Algorithm 1 and the settings of the runs of Pan et al. (arXiv 2403.17919): every state starts afresh in a period.
@@ -30,9 +30,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     NONE: {},
 }
 PRESET_HELP = (
-    "Settings by one name: lora (as many layers as fit what a step of LoRA takes and a tenth, half of them at most, "
-    "lisa_adamw with small states), adapters (the same beside adapters, frozen layers in 8 bits), paper (2 "
-    "layers, 20 steps, AdamW in 32 bits that starts afresh in each period) or none."
+    "A group of settings: lora_memory (LISA with as many layers as fit in the memory of a LoRA run plus a tenth, at "
+    "most half of them, lisa_adamw with small states), adapters (the same with LoRA adapters, and frozen layers in 8 "
+    "bits), paper (2 layers, 20 steps, AdamW with 32-bit states that are reset in each period) or none."
 )
 
 
@@ -50,7 +50,7 @@ def reserved_bytes(total: int) -> int:
     return max(3 << 29, total * 6 // 100)
 
 
-# Flags that say what a run may take, besides those that `lora` sets.
+# Flags that say what a run may take, besides those that `lora_memory` sets.
 _OF_MEMORY = ("lisa_offload", "lisa_unit")
 
 
@@ -61,8 +61,8 @@ def check_preset(preset: str | None) -> None:
 
 
 def says_nothing_of_memory(given: Iterable[str]) -> bool:
-    """Whether none of the given flags stands against `lora`, which is then the preset by default."""
-    return not {*PRESETS[LORA], *_OF_MEMORY}.intersection(given)
+    """Whether none of the given flags stands against `lora_memory`, which is then the preset by default."""
+    return not {*PRESETS[LORA_MEMORY], *_OF_MEMORY}.intersection(given)
 
 
 def choose_preset(
@@ -78,13 +78,13 @@ def choose_preset(
 ) -> tuple[str, dict[str, Any]]:
     """The preset of a run, and what it sets: all but the `given` names, and but what the run cannot have.
 
-    By default it is lora where the user has said nothing of what that sets, and a step can be planned. Small moments go
-    with no other optimizer and no states on the host; weights that are not in bf16 have masters, and are not quantized,
-    nor are those that ZeRO-3 cuts; of modules `--lisa_budget` says how many train. Raises UserError where layers are to
-    be planned and no step can be.
+    By default it is lora_memory if the user gave none of its settings and a step can be planned. Small moments need
+    lisa_adamw and states on the device. Weights that are not in bf16 have masters and are not quantized; weights that
+    ZeRO-3 partitions are not quantized either. `--lisa_budget` says how many modules train. Raises UserError if layers
+    must be planned and no step can be planned.
     """
     offloads = bool(offloaded) or uses_optimizer_offload(ds_config)
-    by_default = LORA if says_nothing_of_memory(given) and can_plan and not offloads else NONE
+    by_default = LORA_MEMORY if says_nothing_of_memory(given) and can_plan and not offloads else NONE
     preset, left_out = asked or by_default, {*given}
     if preset in SMALL:
         left_out |= {"lisa_activated_layers"} if by_module else set()

@@ -12,7 +12,8 @@ from lisa_dist.config_rules import PLANNED_LAYERS, parse_share
 from lisa_dist.core.adapters import add_adapters
 from lisa_dist.core.blocks import find_blocks, model_without_weights
 from lisa_dist.errors import UserError
-from lisa_dist.presets import LORA, NONE, PRESETS, SMALL, says_nothing_of_memory
+from lisa_dist.presets import LORA_MEMORY, NONE, PRESETS, SMALL, says_nothing_of_memory
+from lisa_dist.removed import renamed
 from lisa_dist.text import no_such_model
 
 
@@ -33,7 +34,9 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
     model = model_without_weights(config)
     blocks = find_blocks(model)
     is_lisa = flags.get("method", "lisa") == "lisa"
-    preset = flags.get("lisa_preset") or (LORA if is_lisa and says_nothing_of_memory(flags) else NONE)
+    preset = renamed("lisa_preset", flags.get("lisa_preset")) or (
+        LORA_MEMORY if is_lisa and says_nothing_of_memory(flags) else NONE
+    )
     settings = {**(PRESETS.get(preset, {}) if is_lisa else {}), **flags}
     if (rank := settings.get("lisa_adapters")) is not None:
         add_adapters(model, blocks, int(rank))

@@ -53,10 +53,10 @@ HELP = {
     "How": {
         "deepspeed": "plan zero1, zero2, ..., or a file; by default all are planned",
         "precision": "bf16 or fp32",
-        "lisa_preset": "as in training: lora by default, adapters, paper, none",
+        "lisa_preset": "as in training: lora_memory by default, adapters, paper, none",
         "optim": "as in training",
         "checkpointed_layers": "none, all, a number, or auto: the fewest that fit",
-        "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora_memory",
         "lisa_adapters": "rank of LoRA adapters that train beside them",
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
         "lisa_frozen": "of embed, head, rest: never trained",

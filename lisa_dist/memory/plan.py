@@ -22,6 +22,7 @@ from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.memory.workload import LOGITS, Lora, MemoryParts, Workload
 from lisa_dist.model_names import is_tuned, name_or_folder, nearest_name, shipped_model_configs, shipped_name
 from lisa_dist.presets import check_preset, choose_preset, reserved_bytes
+from lisa_dist.removed import renamed
 from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
 from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, check_task, has_reference
 from lisa_dist.text import BYTE_UNITS, format_columns, no_such_model, parse_bytes, split_names
@@ -120,6 +121,7 @@ class PlanArguments:
             rule = "adapters of weights in 4 bits train in bf16. Use `--precision bf16`"
             raise UserError(f"--precision {self.precision} with --load_in_4bit: {rule}.")
         check_task(self.task)
+        self.lisa_preset = renamed("lisa_preset", self.lisa_preset)
         check_preset(self.lisa_preset)
         if self.task == KTO and self.micro_batch_size < 2:
             raise UserError("--micro_batch_size 1 with --task kto: it compares the rows of a batch; give 2 or more.")

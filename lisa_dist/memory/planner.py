@@ -196,16 +196,16 @@ _SMALLER: tuple[tuple[str | None, dict[str, Any]], ...] = (
     (None, {"lisa_always_on": "rest"}),
 )
 
-LORA_RANK = 16  # of the adapters whose memory --lisa_activated_layers lora keeps to
+LORA_RANK = 16  # of the LoRA run whose memory bounds --lisa_activated_layers lora_memory
 
 
-def fewest_of_lora(num_layers: int) -> int:
-    """The layers that `lora` has at least: the paper's two, and no more than it may have at most."""
-    return min(2, _most_of_lora(num_layers))
+def fewest_in_lora_memory(num_layers: int) -> int:
+    """Return the smallest number that `lora_memory` may choose: two, as in the paper, or fewer in tiny models."""
+    return min(2, _most_in_lora_memory(num_layers))
 
 
-def _most_of_lora(num_layers: int) -> int:
-    """Half of the layers: all of them are full training, which small models would have room for."""
+def _most_in_lora_memory(num_layers: int) -> int:
+    """Return half of the layers: all of them would be full training, for which small models have room."""
     return max(1, num_layers // 2)
 
 
@@ -217,25 +217,27 @@ def with_most_layers(
     on_cpu: bool = False,
     runs: FakeRuns | None = None,
 ) -> tuple[LisaConfig, str]:
-    """The settings of a run with a number in the place of auto or lora, and why; as they are where they have one.
+    """Replace `auto` and `lora_memory` by a number of layers, and explain the number; leave numbers as they are.
 
-    lora is as many as fit what a step of LoRA takes, and a tenth, both of one micro-batch without checkpointing: one
-    number, however the run checkpoints and accumulates; no more than fit the GPU, and two at least. auto is as many as
-    fit the GPU, or a UserError with the closest three settings. Layers come before checkpointing less: they fit with
-    all layers checkpointed, where the run may choose, and with the loss that needs less.
+    `lora_memory` is as many layers as fit in the memory of LoRA with rank 16 plus 10%: both runs are planned with the
+    same gradient accumulation and with the checkpointing that LoRA needs on this GPU. It is two layers at least and
+    half of the model's at most. `auto` is as many as fit on the GPU with all layers checkpointed, if the run may choose
+    that, and with the loss that needs less.
+
+    Raises:
+        UserError: Not one layer fits with `auto`; the message names the three closest settings.
     """
     given, budget = lisa_config.lisa_activated_layers, arguments.budget
     if given not in PLANNED_LAYERS:
         return lisa_config, ""
     num_layers, runs = number_of_decoder_layers(config), runs or FakeRuns(config)
     checkpointed = "all" if arguments.checkpointed_layers == AUTO else arguments.checkpointed_layers
-    on_gpu = _Peaks(runs, replace(arguments, checkpointed_layers=checkpointed), ds_config, on_cpu)
     most = _most_layers(config, lisa_config, num_layers)
     if given == LORA_LAYERS:
-        alone = replace(arguments, checkpointed_layers="none", gradient_accumulation_steps=1)
-        most = min(most, _most_of_lora(num_layers))
-        layers, why = _beside_lora(_Peaks(runs, alone, ds_config, on_cpu), on_gpu, lisa_config, most, budget)
+        most = min(most, _most_in_lora_memory(num_layers))
+        layers, why = _layers_in_lora_memory(runs, arguments, lisa_config, ds_config, on_cpu, most)
     else:
+        on_gpu = _Peaks(runs, replace(arguments, checkpointed_layers=checkpointed), ds_config, on_cpu)
         layers = most - fewest_layers(lambda fewer: on_gpu.of(lisa_config, most - fewer), most - 1, budget)
         planned = format_bytes(on_gpu.of(lisa_config, layers))
         if on_gpu.of(lisa_config, layers) > budget:
@@ -247,21 +249,33 @@ def with_most_layers(
     return replace(lisa_config, lisa_activated_layers=layers), f"{given}: {layers} of {num_layers}, {why}"
 
 
-def _beside_lora(alone: "_Peaks", on_gpu: "_Peaks", lisa_config: LisaConfig, most: int, budget: int) -> tuple[int, str]:
-    """As many layers as fit LoRA's step and the GPU, and why."""
+def _layers_in_lora_memory(
+    runs: FakeRuns,
+    arguments: PlanArguments,
+    lisa_config: LisaConfig,
+    ds_config: str | dict,
+    on_cpu: bool,
+    most: int,
+) -> tuple[int, str]:
+    """Return how many layers fit in the memory of a LoRA run plus 10% and on the GPU, and an explanation."""
     fewest = min(2, most)
-    alone.of(lisa_config, most)  # which settles the loss
-    of_lora = alone.of_lora(lisa_config)
-
-    def excess(fewer: int) -> int:
-        peak = alone.of(lisa_config, most - fewer)
-        if peak > of_lora or 4 * peak <= budget:  # accumulation takes no more than that, and none need be planned
-            return peak - of_lora
-        return on_gpu.of(lisa_config, most - fewer) - budget
-
-    layers = most - fewest_layers(excess, most - fewest, 0)
-    planned = f"{format_bytes(alone.of(lisa_config, layers))} planned without checkpointing"
-    return layers, f"{planned}; LoRA's step, rank {LORA_RANK}, and a tenth take {format_bytes(of_lora)}"
+    asked = {one.name: getattr(arguments, one.name) for one in fields(PlanArguments)}  # init's arguments refuse LoRA
+    plain = {"lora_r": LORA_RANK, "lora_modules_to_save": None, "load_in_4bit": False, "optim": TORCH_ADAMW[1]}
+    given = parse_checkpointed_layers(arguments.checkpointed_layers)
+    plain["checkpointed_layers"] = AUTO if given in (None, AUTO) else "all" if given else "none"
+    model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
+    planner = Planner(runs.config, PlanArguments(**asked | {"method": "lora"} | plain), model_alone, on_cpu, runs)
+    lora = planner.cheapest(ds_config)
+    is_checkpointed = lora.workload.checkpointed_layers > 0
+    limit = min(int(1.1 * lora.gpu.needed), arguments.budget)
+    alike = replace(arguments, loss=lora.workload.loss if arguments.task == SFT else arguments.loss)
+    if given in (None, AUTO):
+        alike = replace(alike, checkpointed_layers="all" if is_checkpointed else "none")
+    peaks = _Peaks(runs, alike, ds_config, on_cpu)
+    layers = most - fewest_layers(lambda fewer: peaks.of(lisa_config, most - fewer), most - fewest, limit)
+    how = "with all layers checkpointed" if is_checkpointed else "without checkpointing"
+    planned = format_bytes(peaks.of(lisa_config, layers))
+    return layers, f"{planned} planned; LoRA with rank {LORA_RANK} takes {format_bytes(lora.gpu.needed)} {how}"
 
 
 class _Peaks:
@@ -283,14 +297,6 @@ class _Peaks:
             self._losses = [min(self._losses, key=lambda loss: peaks[loss])]
             self._known[key] = peaks[self._losses[0]]
         return self._known[key]
-
-    def of_lora(self, lisa_config: LisaConfig) -> int:
-        """The memory of a LoRA step, with the loss that was settled on, and a tenth more."""
-        asked = {one.name: getattr(self._asked, one.name) for one in fields(PlanArguments)}  # those of init refuse LoRA
-        plain = {"lora_r": LORA_RANK, "lora_modules_to_save": None, "load_in_4bit": False, "optim": TORCH_ADAMW[1]}
-        lora = PlanArguments(**asked | {"method": "lora"} | plain)
-        model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
-        return int(1.1 * self._peaks_of(lora, model_alone)(self._losses[0]))
 
     def _peaks_of(self, asked: PlanArguments, settings: LisaConfig) -> Callable[[str], int]:
         planner = Planner(self._runs.config, asked, settings, self._on_cpu, self._runs)

@@ -22,6 +22,7 @@ from lisa_dist.flags import run_parser as parser_of_task
 from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.model_names import HUB_IDS
 from lisa_dist.presets import PRESET_HELP, check_preset, default_rate
+from lisa_dist.removed import renamed
 from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig, check_ranges
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task
@@ -43,7 +44,7 @@ class RunArguments:
     )
     lisa_preset: str | None = setting(
         None,
-        f"{PRESET_HELP} By default lora where none of --lisa_activated_layers, --optim, "
+        f"{PRESET_HELP} By default lora_memory where none of --lisa_activated_layers, --optim, "
         "--lisa_state_bits, --lisa_master, --lisa_offload and --lisa_unit is given and the DeepSpeed config does "
         "not offload.",
     )
@@ -100,6 +101,7 @@ class RunArguments:
         check_rewards_given(self.task, self.reward_funcs)
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
+        self.lisa_preset = renamed("lisa_preset", self.lisa_preset)
         check_preset(self.lisa_preset)
         checkpointed = parse_checkpointed_layers(self.checkpointed_layers)
         if self.method != "lisa" and isinstance(checkpointed, int) and checkpointed > 0:
@@ -167,8 +169,8 @@ HELP = {
         "packing": "several examples in one sequence, which never see each other",
     },
     "LISA": {
-        "lisa_preset": "lora (default if nothing is said of memory), adapters, paper, none",
-        "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora",
+        "lisa_preset": "lora_memory (default if no flag sets memory), adapters, paper, none",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora_memory",
         "lisa_adapters": "rank of LoRA adapters that train beside them in every period",
         "lisa_interval_steps": "optimizer steps in a period (K)",
         "lisa_sampler": "uniform, reshuffle, fixed, weighted, balanced, adaptive",

@@ -37,7 +37,7 @@ from lisa_dist.ds_config import given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError, check_folder, read_json, read_text
 from lisa_dist.loss.liger import check_liger
-from lisa_dist.memory.planner import fewest_of_lora
+from lisa_dist.memory.planner import fewest_in_lora_memory
 from lisa_dist.run.arguments import DEQUANTIZED, RunConfig, model_config_of, stored_quantization
 from lisa_dist.run.settle import check_auto_layers, check_loss_of_run
 from lisa_dist.run.task_configs import LisaOptimizerNames
@@ -384,7 +384,7 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     if isinstance(checkpointed, int):
         number_of_layers(checkpointed, num_layers)
     if lisa_config.lisa_weights_file is not None:
-        fewest = {LORA_LAYERS: fewest_of_lora(num_layers), AUTO_LAYERS: 1}
+        fewest = {LORA_LAYERS: fewest_in_lora_memory(num_layers), AUTO_LAYERS: 1}
         load_layer_weights(lisa_config.lisa_weights_file, num_layers, fewest.get(num_active, num_active))
 
 

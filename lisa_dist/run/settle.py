@@ -1,6 +1,6 @@
 """A run's arguments with a value in the place of all that stands for others: its preset, what is auto, TRL's names.
 
-`--lisa_activated_layers auto` and `lora` are planned, or on a resume what its run had. `--loss` is one of
+`--lisa_activated_layers auto` and `lora_memory` are planned, or on a resume what its run had. `--loss` is one of
 logits: of the positions with a label, computed once and kept for the backward pass (`loss/label_logits.py`)
 chunked: TRL's own, which computes them in chunks, and again in the backward pass
 liger: Liger's, which computes them in chunks, once, and the gradients with them
@@ -36,7 +36,7 @@ from lisa_dist.loss.chunked import choose_loss_kernels
 from lisa_dist.loss.label_logits import why_no_label_logits
 from lisa_dist.loss.liger import settle_liger, why_no_liger_loss
 from lisa_dist.memory.plan import PlanArguments
-from lisa_dist.memory.planner import Planner, fewest_of_lora, with_most_layers
+from lisa_dist.memory.planner import Planner, fewest_in_lora_memory, with_most_layers
 from lisa_dist.memory.trace import PlanError
 from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
 from lisa_dist.optim.build import LISA_ADAMW
@@ -230,8 +230,8 @@ def _layers_of(
     except PlanError as error:  # the model's own code does not run on fake tensors
         if given != LORA_LAYERS:
             raise
-        layers = fewest_of_lora(number_of_decoder_layers(model_config))
-        why = f"lora: {layers}, since no step can be planned: {error}"
+        layers = fewest_in_lora_memory(number_of_decoder_layers(model_config))
+        why = f"{LORA_LAYERS}: {layers}, since no step can be planned: {error}"
         return replace(config.lisa, lisa_activated_layers=layers), why
 
 

@@ -10,7 +10,7 @@ from lisa_dist import LisaConfig
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"lisa_activated_layers": -1}, "--lisa_activated_layers -1: a period trains 0 decoder layers or more"),
+        ({"lisa_activated_layers": -1}, "--lisa_activated_layers -1: give a number of decoder layers, 0 or more"),
         (
             {"lisa_activated_layers": 0, "lisa_always_on": "rest", "lisa_frozen": "embed,head"},
             "neither embed nor head trains: nothing to train but norms",

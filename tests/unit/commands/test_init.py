@@ -112,7 +112,7 @@ def test_nothing_is_given_up_without_need(tmp_path):
 
 
 def test_plan_and_init_have_one_number_and_one_batch(tiny, tmp_path, capsys):
-    """That of `--lisa_preset lora`; that of a run is in run/test_settle.py. A small model trains half of its layers."""
+    """`--lisa_preset lora_memory`; a run's is in run/test_settle.py. A small model trains half of its layers."""
     path = tmp_path / "recipe.yaml"
     main(["--model", tiny, "--gpu_memory", "4GiB", "--recipe", str(path)])
     tried = capsys.readouterr().err.splitlines()
@@ -154,8 +154,8 @@ def test_paper_begins_with_states_in_32_bits(tiny, tmp_path):
 
 
 def test_what_a_rung_has_of_a_preset():
-    """lora has the small states, on the GPU alone; paper all fallbacks, each with fresh states in a period."""
-    arguments = {name: InitArguments("llama3.1-8b", lisa_preset=name) for name in ("lora", "paper")}
+    """lora_memory has the small states, on the GPU alone; paper all fallbacks, each with fresh states in a period."""
+    arguments = {name: InitArguments("llama3.1-8b", lisa_preset=name) for name in ("lora_memory", "paper")}
     tried = {
         name: [*possible_fallbacks(asked, LisaConfig(), preset_settings(asked, LisaConfig(), ("lisa_preset",)))]
         for name, asked in arguments.items()
@@ -164,14 +164,14 @@ def test_what_a_rung_has_of_a_preset():
     for fallback, asked, settings in tried["paper"]:
         assert (settings.lisa_state, asked.optim) == ("reset_all", fallback.optim or "adamw_torch_fused")
         assert {name: getattr(settings, name) for name in fallback.settings} == fallback.settings, fallback.name
-    assert [fallback for fallback, *_ in tried["lora"]] == [
+    assert [fallback for fallback, *_ in tried["lora_memory"]] == [
         fallback for fallback in FALLBACKS if fallback.optim or fallback.offloads
     ]
-    for fallback, asked, settings in tried["lora"]:
+    for fallback, asked, settings in tried["lora_memory"]:
         assert (settings.lisa_master == "bf16_sr") == (asked.optim == "lisa_adamw") == (not fallback.offloads), (
             fallback.name
         )
-        assert settings.lisa_activated_layers == (2 if fallback.offloads else "lora")
+        assert settings.lisa_activated_layers == (2 if fallback.offloads else "lora_memory")
 
 
 def test_full_training_is_called_so(tiny, tmp_path):

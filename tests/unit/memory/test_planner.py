@@ -126,38 +126,57 @@ def test_as_many_layers_train_as_fit(tiny_config):
     assert sizes == sorted(sizes)
 
 
-def test_as_many_layers_train_as_fit_the_memory_of_lora():
-    """Of 12 layers; LoRA's step and theirs are of one micro-batch without checkpointing, whatever the run has."""
+def test_as_many_layers_as_fit_in_the_memory_of_lora():
+    """Both runs are planned as they would run: with the same accumulation, and with the checkpointing of LoRA's run."""
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 4}
     config = LlamaConfig(**sizes, vocab_size=2048, tie_word_embeddings=True)
     small = {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}
-    alone = {"seq_length": 64, "checkpointed_layers": "none", "loss": "chunked", "reserve": "0"}
-    arguments, runs = PlanArguments("model", optim="lisa_adamw", **alone), FakeRuns(config)
+    runs, common = FakeRuns(config), {"seq_length": 128, "loss": "chunked", "reserve": "0"}
 
-    def peak(layers: int, count: int = 0) -> int:
-        of_count = replace(arguments, checkpointed_layers=str(count))
+    def needed(arguments: PlanArguments, settings: lisa_dist.LisaConfig, count: int) -> int:
+        return Planner(config, arguments, settings, runs=runs).plan("zero2", count, "chunked").gpu.needed
+
+    def of_lora(count: int, **changes) -> int:
+        return needed(PlanArguments("model", method="lora", **common | changes), lisa_dist.LisaConfig(), count)
+
+    def peak(layers: int, count: int, **changes) -> int:
         settings = lisa_dist.LisaConfig(lisa_activated_layers=layers, **small)
-        return Planner(config, of_count, settings, runs=runs).plan("zero2", count, "chunked").gpu.needed
+        return needed(PlanArguments("model", optim="lisa_adamw", **common | changes), settings, count)
 
-    def chosen(optim: str = "lisa_adamw", seq_length: int = 64, **changes) -> tuple[int, str]:
-        asked = replace(arguments, optim=optim, seq_length=seq_length, **changes)
-        as_lora = lisa_dist.LisaConfig(lisa_activated_layers="lora", **(small if optim == "lisa_adamw" else {}))
-        found, why = with_most_layers(config, asked, as_lora, "zero2", runs=runs)
-        assert why.startswith(f"lora: {found.lisa_activated_layers} of 12, ")
+    def chosen(optim: str = "lisa_adamw", **changes) -> tuple[int, str]:
+        settings = small if optim == "lisa_adamw" else {}
+        asked = lisa_dist.LisaConfig(lisa_activated_layers="lora_memory", **settings)
+        found, why = with_most_layers(
+            config, PlanArguments("model", optim=optim, **common | changes), asked, "zero2", runs=runs
+        )
+        assert why.startswith(f"lora_memory: {found.lisa_activated_layers} of 12, ")
         return found.lisa_activated_layers, why
 
-    lora = PlanArguments("model", method="lora", lora_r=16, **alone)
-    budget = 1.1 * Planner(config, lora, lisa_dist.LisaConfig(), runs=runs).plan("zero2", 0, "chunked").gpu.peak
-    layers = chosen()[0]
-    assert 2 < layers < 6
-    assert peak(layers) <= budget < peak(layers + 1)
-    assert chosen(checkpointed_layers="auto", gradient_accumulation_steps=4)[0] == layers
-    # No more than fit the GPU, with all layers checkpointed where the run may choose; half, where nothing else bounds.
-    for_one_less = f"{peak(layers, 12) - 1}B"
-    assert chosen(checkpointed_layers="auto", gpu_memory=for_one_less)[0] == layers - 1
-    assert chosen(seq_length=2048)[0] == 6
+    accumulates = {"gradient_accumulation_steps": 4}
+    for changes in ({}, accumulates):
+        layers, why = chosen(**changes)
+        assert why.endswith("without checkpointing")
+        assert 2 < layers < 6
+        assert peak(layers, 0, **changes) <= 1.1 * of_lora(0, **changes) < peak(layers + 1, 0, **changes)
+    assert chosen(**accumulates)[0] < chosen()[0], "gradients of several micro-batches are added up"
+    # On a GPU where LoRA must checkpoint its layers, both are planned so.
+    layers, why = chosen(gpu_memory=f"{of_lora(0) - 1}B")
+    assert why.endswith("with all layers checkpointed")
+    assert layers == 2 or peak(layers, 12) <= 1.1 * of_lora(12)
+    assert layers == 6 or peak(layers + 1, 12) > 1.1 * of_lora(12)
+    # The flag decides for both. Where nothing else bounds them, half of the layers train.
+    assert chosen(checkpointed_layers="all")[1].endswith("with all layers checkpointed")
+    assert chosen(micro_batch_size=8)[0] == 6
     # With AdamW's states in 32 bits not one fits, and there are two.
     assert chosen("adamw_torch_fused")[0] == 2
+
+
+def test_the_old_name_of_lora_memory_works_with_a_warning():
+    with pytest.warns(UserWarning, match=r"--lisa_activated_layers lora is now called lora_memory"):
+        found = lisa_dist.LisaConfig(lisa_activated_layers="lora")
+    assert found.lisa_activated_layers == "lora_memory"
+    with pytest.warns(UserWarning, match=r"--lisa_preset lora is now called lora_memory"):
+        assert PlanArguments("model", lisa_preset="lora").lisa_preset == "lora_memory"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +252,7 @@ def test_all_parameters_are_planned_after_some_were_traced():
 def test_half_of_a_small_model_s_layers_train(num_layers, trained):
     """Where LoRA's step has room for all, which is full training."""
     config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=2)
-    lisa_config = lisa_dist.LisaConfig(lisa_activated_layers="lora")
+    lisa_config = lisa_dist.LisaConfig(lisa_activated_layers="lora_memory")
     found, _ = with_most_layers(config, PlanArguments("model", seq_length=8), lisa_config, "zero2")
     assert found.lisa_activated_layers == trained
 
@@ -263,7 +282,7 @@ def test_zero3_is_planned_with_a_preset_that_quantizes(tiny_config):
     assert "zero3" not in {plan.ds_config for plan in make_plans(config, arguments, quantized)}
 
 
-@pytest.mark.parametrize("name", ["lora", "adapters"])
+@pytest.mark.parametrize("name", ["lora_memory", "adapters"])
 def test_no_candidate_is_tried_twice(tiny_config, name):
     arguments, lines = PlanArguments(tiny_config, gpus=2, gpu_memory="2GiB", host_memory="1MiB"), []
     preset = {key: value for key, value in PRESETS[name].items() if key != "lisa_activated_layers"}

@@ -23,7 +23,7 @@ from lisa_dist.run.trainer import load_model
 
 SMALL = "embed=factored,head=factored,layers=8"
 # Layers, optimizer, moments, masters.
-LORA = ("lora", "lisa_adamw", SMALL, "fp32")
+LORA = ("lora_memory", "lisa_adamw", SMALL, "fp32")
 OWN = (2, "adamw_torch_fused", "", "fp32")
 
 
@@ -47,9 +47,9 @@ def settings_of(config: RunConfig) -> tuple:
 @pytest.mark.parametrize(
     ("words", "preset", "settings"),
     [
-        ("", "lora", LORA),
-        ("--bf16 true", "lora", (*LORA[:3], "bf16_sr")),
-        ("--deepspeed zero3 --lisa_state keep", "lora", LORA),
+        ("", "lora_memory", LORA),
+        ("--bf16 true", "lora_memory", (*LORA[:3], "bf16_sr")),
+        ("--deepspeed zero3 --lisa_state keep", "lora_memory", LORA),
         # Something is said of what the preset sets, or of memory.
         ("--lisa_activated_layers 2", "none", OWN),
         ("--lisa-activated-layers 3", "none", (3, *OWN[1:])),
@@ -58,24 +58,28 @@ def settings_of(config: RunConfig) -> tuple:
         ("--optim lisa_adamw --lisa_state_bits layers=8", "none", (2, "lisa_adamw", "layers=8", "fp32")),
         ("--lisa_offload embed", "none", OWN),
         ("--lisa_unit module --lisa_budget 5%", "none", OWN),
-        ("--gpu_memory 1GiB --checkpointed_layers auto", "lora", LORA),
+        ("--gpu_memory 1GiB --checkpointed_layers auto", "lora_memory", LORA),
         ("--deepspeed zero2_offload", "none", OWN),
         ("--max_length -1", "none", OWN),
         # Other methods have none.
-        ("--lisa_preset lora --method full", "lora", OWN),
-        ("--lisa_preset lora --method lora", "lora", OWN),
+        ("--lisa_preset lora_memory --method full", "lora_memory", OWN),
+        ("--lisa_preset lora_memory --method lora", "lora_memory", OWN),
         # One that is given.
         ("--lisa_preset none", "none", OWN),
         ("--lisa_preset paper", "paper", OWN),
         ("--lisa_preset paper --optim adamw_torch", "paper", (2, "adamw_torch", "", "fp32")),
-        ("--lisa_preset lora --lisa_activated_layers 3", "lora", (3, *LORA[1:])),
-        ("--lisa_preset lora --lisa_state_bits layers=32", "lora", ("lora", "lisa_adamw", "layers=32", "fp32")),
-        ("--lisa_preset lora --optim lisa_adamw --bf16 true", "lora", (*LORA[:3], "bf16_sr")),
-        ("--lisa_preset lora --optim adamw_torch", "lora", ("lora", "adamw_torch", "", "fp32")),
-        ("--lisa_preset lora --bf16 true --deepspeed zero2_offload", "lora", ("lora", *OWN[1:])),
-        ("--lisa_preset lora --lisa_unit module --lisa_budget 5%", "lora", (2, *LORA[1:])),
-        ("--lisa_preset lora --max_length -1 --lisa_activated_layers 3", "lora", (3, *LORA[1:])),
-        ("--lisa_preset lora --bf16 true --lisa_offload layers", "lora", ("lora", *OWN[1:])),
+        ("--lisa_preset lora_memory --lisa_activated_layers 3", "lora_memory", (3, *LORA[1:])),
+        (
+            "--lisa_preset lora_memory --lisa_state_bits layers=32",
+            "lora_memory",
+            ("lora_memory", "lisa_adamw", "layers=32", "fp32"),
+        ),
+        ("--lisa_preset lora_memory --optim lisa_adamw --bf16 true", "lora_memory", (*LORA[:3], "bf16_sr")),
+        ("--lisa_preset lora_memory --optim adamw_torch", "lora_memory", ("lora_memory", "adamw_torch", "", "fp32")),
+        ("--lisa_preset lora_memory --bf16 true --deepspeed zero2_offload", "lora_memory", ("lora_memory", *OWN[1:])),
+        ("--lisa_preset lora_memory --lisa_unit module --lisa_budget 5%", "lora_memory", (2, *LORA[1:])),
+        ("--lisa_preset lora_memory --max_length -1 --lisa_activated_layers 3", "lora_memory", (3, *LORA[1:])),
+        ("--lisa_preset lora_memory --bf16 true --lisa_offload layers", "lora_memory", ("lora_memory", *OWN[1:])),
     ],
 )
 def test_what_a_run_is_trained_with(folder, words, preset, settings):
@@ -100,7 +104,7 @@ def test_what_the_preset_of_adapters_sets(folder, words, settings):
     lisa = config.lisa
     assert (lisa.lisa_adapters, lisa.lisa_frozen_bits, lisa.lisa_state_bits, lisa.lisa_master) == settings
     optim = "adamw_torch_fused" if lisa.offloaded else "lisa_adamw"
-    assert (lisa.lisa_activated_layers, config.training.optim.value) == ("lora", optim)
+    assert (lisa.lisa_activated_layers, config.training.optim.value) == ("lora_memory", optim)
     with pytest.raises(UserError, match=r"^--lisa_adapters 32 with --lisa_unit module"):
         settled(folder, ["--lisa_preset", "adapters", "--lisa_unit", "module", "--lisa_budget", "5%"])
 
@@ -132,13 +136,15 @@ def test_answers_of_grpo_cannot_be_planned(folder, tmp_path):
 
 
 def test_an_unknown_one_is_refused(folder):
-    with pytest.raises(UserError, match=r"^--lisa_preset best: unknown; choose one of lora, adapters, paper, none\.$"):
+    with pytest.raises(
+        UserError, match=r"^--lisa_preset best: unknown; choose one of lora_memory, adapters, paper, none\.$"
+    ):
         settled(folder, ["--lisa_preset", "best"])
 
 
 def test_what_cannot_be_planned_has_no_lora(folder):
-    with pytest.raises(UserError, match=r"^--lisa_preset lora: it plans a step, by --max_length"):
-        settled(folder, ["--lisa_preset", "lora", "--max_length", "-1"])
+    with pytest.raises(UserError, match=r"^--lisa_preset lora_memory: it plans a step, by --max_length"):
+        settled(folder, ["--lisa_preset", "lora_memory", "--max_length", "-1"])
 
 
 @pytest.mark.parametrize(
@@ -166,11 +172,11 @@ def test_layers_are_planned_whatever_else_is_given(folder, tmp_path, words):
     paths = {"WEIGHTS": tmp_path / "weights.json", "PAIRS": tmp_path / "pairs.jsonl"}
     words = [str(paths.get(word, word)) for word in words.split()]
     config = settled(folder, words)
-    assert config.run.lisa_preset == "lora"
+    assert config.run.lisa_preset == "lora_memory"
     check_config(config)
     found, why = settle_layers(config, model_config_of(config), None)
     assert 2 <= found.lisa.lisa_activated_layers <= 3, "half of them"
-    assert re.match(r"lora: \d of 6, [\d.]+ \wiB planned without checkpointing; LoRA's step, rank 16, and a tenth", why)
+    assert re.match(r"lora_memory: \d of 6, [\d.]+ \wiB planned; LoRA with rank 16 takes [\d.]+ \wiB with", why)
 
 
 def test_a_run_has_the_number_of_plan_and_init(folder):
