@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch  # the verbs look for configs without it
 
 # Values that a config may give itself, but not differently from the arguments of the run.
-_MUST_MATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+MUST_MATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 _NO_NVME = (
     'switches move partitions between host and device only; use "cpu" (--deepspeed zero3_offload), or --method full '
@@ -137,6 +137,13 @@ def check_ds_config(config: dict) -> None:
         if found not in (None, *allowed):
             shown = name.removeprefix("zero_optimization.")
             raise UserError(f"the DeepSpeed config has {shown} = {json.dumps(found)}: {why}")
+
+
+def check_mismatches(mismatches: Sequence[str]) -> None:
+    """Raise UserError for values in which transformers found the DeepSpeed config and the arguments to differ."""
+    if mismatches:
+        listed = "; ".join(each.removeprefix("- ") for each in mismatches)
+        raise UserError(f'the DeepSpeed config and the arguments differ: {listed}; make them equal, or write "auto".')
 
 
 def fill_secondary_partitions(config: dict, ranks_of_hosts: Sequence[int], has_reference: bool = False) -> None:
@@ -264,9 +271,9 @@ def load_ds_config(
         for parent in parents:
             section = section.get(parent, {})
         given = section.get(key)
-        if given == "auto" or (given is None and dotted in _MUST_MATCH):
+        if given == "auto" or (given is None and dotted in MUST_MATCH):
             section[key] = value
-        elif given is not None and dotted in _MUST_MATCH and given != value:
+        elif given is not None and dotted in MUST_MATCH and given != value:
             raise UserError(
                 f"the DeepSpeed config has {dotted} = {given}, but the arguments say {value}: make them equal."
             )

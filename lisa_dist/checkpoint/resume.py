@@ -42,7 +42,7 @@ _READ_WHERE_THERE = (
     _OF_ADAPTER,
 )
 # What `torch.load(weights_only=True)` raises: the first for what it refuses, the others for bytes that it never wrote.
-_REFUSALS = (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError)
+PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError)
 _WAY_OUT = "use a copy from whoever wrote it."
 
 
@@ -171,7 +171,7 @@ def check_pickles(folder: Path, names: Iterable[str]) -> None:
         try:
             with safe_globals():
                 torch.load(folder / name, map_location="cpu", weights_only=True)
-        except _REFUSALS as error:
+        except PICKLE_ERRORS as error:
             problem = (
                 f"{folder / name} is not loaded ({type(error).__name__}): pickles of a checkpoint hold tensors and "
                 f"plain values, and nothing that could run; {_WAY_OUT}"

@@ -1,6 +1,7 @@
 """The model that is evaluated: a folder, a checkpoint, an adapter merged into its base, or a model of the hub."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def load_model(
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name if (Path(name) / "tokenizer_config.json").is_file() else base)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{base}: torch refuses to load its pickled weights. The file is damaged, or contains more than tensors. "
+            "Use a copy of the model with model.safetensors."
+        ) from error
     except (OSError, ValueError) as error:
         what = name if base == name else f"{base}, the base of the adapter {name}"
         raise UserError(no_such_model(what, error)) from error

@@ -7,15 +7,17 @@ import copy
 import os
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from deepspeed.runtime import lr_schedules
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, get_scheduler
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
-from lisa_dist.checkpoint.resume import has_only_weights
+from lisa_dist.checkpoint.resume import PICKLE_ERRORS, has_only_weights
 from lisa_dist.checkpoint.trainer_checkpoint import newest_trainer_checkpoint
 from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS, check_load_in_4bit
 from lisa_dist.core.activation_checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
@@ -33,7 +35,7 @@ from lisa_dist.core.layer_weights import load_layer_weights, split_columns
 from lisa_dist.core.selection import unit_budget
 from lisa_dist.core.weight_store import check_store
 from lisa_dist.distributed.collectives import sharing_errors
-from lisa_dist.ds_config import given_ds_config
+from lisa_dist.ds_config import check_mismatches, given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError, check_folder, read_json, read_text
 from lisa_dist.loss.liger import check_liger
@@ -63,6 +65,7 @@ from lisa_dist.train.checks import (
     precision_of_arguments,
 )
 from lisa_dist.train.resume import check_saved_by_trainer
+from lisa_dist.train.sequence_parallel import check_can_share
 
 # TRL flags for data that TRL tokenizes, and the flag to use here.
 _NOT_TAKEN = {
@@ -94,6 +97,8 @@ def _check_flags(config: RunConfig) -> None:
     method, training = config.run.method, config.training
     if config.run.task == SFT:
         _check_sft(training)
+        if training.sequence_parallel > 1:
+            check_can_share(SFTTrainer, training, training.sequence_parallel)
         if config.data.streaming and training.max_steps < 1:
             raise UserError("--streaming: a stream has no length; give the number of steps, --max_steps.")
     else:
@@ -102,11 +107,10 @@ def _check_flags(config: RunConfig) -> None:
         if name in _FLAGS_OF_LOADING:
             raise UserError(f"--model_init_kwargs {name}: give --{_FLAGS_OF_LOADING[name]} in its place.")
     ds_config = given_ds_config(training.deepspeed)
-    if training.deepspeed and (differing := training.hf_deepspeed_config.mismatches):  # which the first step ends in
-        listed = "; ".join(each.removeprefix("- ") for each in differing)
-        raise UserError(f'the DeepSpeed config and the arguments differ: {listed}; make them equal, or write "auto".')
     check_precision(training)
     _check_schedule(training)
+    if training.deepspeed:
+        _check_filled_ds_config(training)
     strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
     if strategy != "no" and not (config.data.eval_rows or config.data.eval_dataset_name):
         way_out = "give --eval_rows 100, or --eval_dataset_name"
@@ -183,6 +187,33 @@ def _check_schedule(training: Any) -> None:
         raise UserError(f"{flags}: {in_one_line(error).rstrip('.')}.") from error
 
 
+def _check_filled_ds_config(training: Any) -> None:
+    """Raise UserError if the DeepSpeed config contradicts the arguments, or its scheduler cannot be built."""
+    ds_config = copy.deepcopy(training.hf_deepspeed_config)
+    if training.max_steps > 0:  # otherwise the Trainer computes the number of steps from the data
+        ds_config.fill_match("scheduler.params.total_num_steps", training.max_steps, "max_steps")
+        warmup_steps = max(1, training.get_warmup_steps(training.max_steps))
+        ds_config.fill_match("scheduler.params.warmup_num_steps", warmup_steps, "warmup_steps")
+    check_mismatches(ds_config.mismatches)
+    given = ds_config.config.get("scheduler")
+    if not given:
+        return
+    name, settings = str(given.get("type")), given.get("params") or {}
+    scheduler = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
+    if scheduler is None:
+        known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
+        raise UserError(f"The DeepSpeed config has scheduler.type = {name}, which is unknown. Use one of {known}.")
+    settings = {name: 1 if value == "auto" else value for name, value in settings.items()}
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    try:
+        scheduler(optimizer, **settings)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"The DeepSpeed config has a scheduler {name} that cannot be built: {in_one_line(error).rstrip('.')}. "
+            "Correct scheduler.params, or remove the section and use --lr_scheduler_type."
+        ) from error
+
+
 _TOKENIZERS = ("tokenizer*", "vocab*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -244,12 +275,25 @@ def _check_weights(folder: Path, flag: str) -> None:
     for shard in sorted(shards):
         if not (folder / shard).is_file():
             raise UserError(f"{flag}: {found} names {shard}, and there is no such file.")
-        if shard.endswith(".safetensors"):
-            try:
-                with safe_open(folder / shard, framework="pt"):  # whose header says how long the file must be
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{flag}: {shard} is damaged ({error}).") from error
+        if not shard.endswith(".safetensors"):
+            _check_pickled_weights(folder / shard, flag)
+            continue
+        try:
+            with safe_open(folder / shard, framework="pt"):  # whose header says how long the file must be
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{flag}: {shard} is damaged ({error}).") from error
+
+
+def _check_pickled_weights(path: Path, flag: str) -> None:
+    """Raise UserError if torch refuses a pickle of weights. Nothing in it is run."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except PICKLE_ERRORS as error:
+        raise UserError(
+            f"{flag}: torch refuses to load {path.name} ({type(error).__name__}). The file is damaged, or contains "
+            f"more than tensors. Use a copy of the model with {SAFE_WEIGHTS_NAME}."
+        ) from error
 
 
 def check_resume(wanted: str | bool | None, output_dir: Path, method: str, overwrites: bool = False) -> None:

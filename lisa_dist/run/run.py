@@ -11,6 +11,7 @@ from lisa_dist.data.dataset import Data, describe_examples
 from lisa_dist.distributed.collectives import sharing_errors, together
 from lisa_dist.distributed.health import check_same_everywhere
 from lisa_dist.distributed.run_lock import one_run_in
+from lisa_dist.ds_config import check_mismatches
 from lisa_dist.errors import UserError
 from lisa_dist.files import naming_lost_files
 from lisa_dist.report.hub import meet_hub, naming_the_hub, without_examples
@@ -63,10 +64,14 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> Path | None:
 
 
 def _train(trainer: Any, resume_from: str | bool | None) -> None:
-    """Train. Raises UserError for a `--loss_type` that TRL looks up in the first step and does not have."""
+    """Train. Raises UserError for arguments that TRL and transformers look at only when training begins.
+
+    These are an unknown `--loss_type`, and steps in the DeepSpeed config that are not those of the data.
+    """
     try:
         trainer.train(resume_from_checkpoint=resume_from)
     except ValueError as error:
+        check_mismatches(trainer.args.hf_deepspeed_config.mismatches)
         if not str(error).startswith("Unknown loss type"):
             raise
         raise UserError(f"--loss_type: {in_one_line(error)}") from error

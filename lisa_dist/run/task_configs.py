@@ -20,7 +20,7 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 from lisa_dist.core.sequence_parallel import check_groups
 from lisa_dist.definitions import setting
 from lisa_dist.distributed.devices import check_accelerator, why_no_gpu
-from lisa_dist.ds_config import check_sections, find_ds_config, given_ds_config
+from lisa_dist.ds_config import MUST_MATCH, check_sections, find_ds_config, given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.run_folder import hide_secrets
@@ -133,7 +133,10 @@ class TrainingFlags(_Arguments):
             )
         if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
             self.deepspeed = find_ds_config(self.deepspeed)
-        check_sections(given_ds_config(self.deepspeed))
+        ds_config = given_ds_config(self.deepspeed)
+        check_sections(ds_config)
+        if ds_config and not {"train_batch_size", MUST_MATCH[0]} & ds_config.keys():  # DeepSpeed needs one of the two
+            self.deepspeed = dict.fromkeys(MUST_MATCH, "auto") | ds_config
         if not self.use_cpu and (why := why_no_gpu()):
             raise UserError(f"{why}; --use_cpu true trains on CPUs.")
         check_accelerator()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DynamoBackend, parse_flag_from_env
+from deepspeed.accelerator import get_accelerator
 from transformers import TrainingArguments
 
 from lisa_dist.config import LisaConfig
@@ -48,7 +49,11 @@ def check_saves(args: TrainingArguments, refused: Iterable[str] = _REFUSED_BY_AL
 
 
 def check_precision(args: TrainingArguments) -> None:
-    """Raise UserError for 8-bit arithmetic, which only Accelerate's environment can ask for."""
+    """Raise UserError for fp16 on a device without it, and for fp8, which only Accelerate's environment can ask for."""
+    if precision_of_arguments(args) == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            "--fp16 True: this device does not compute in fp16. Use --bf16 true, or leave both out for fp32."
+        )
     if precision_of_arguments(args) == "fp32" and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         raise UserError(
             "ACCELERATE_MIXED_PRECISION=fp8: the layers that it puts in the model keep scales of their own, which no "

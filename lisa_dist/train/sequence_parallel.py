@@ -141,6 +141,11 @@ def check_can_share(trainer_class: type, args: TrainingArguments, size: int) -> 
         raise UserError(
             f"{flag} with use_seedable_sampler False: ranks of a group would take other rows; make it True."
         )
+    if loaders.dispatch_batches:
+        raise UserError(
+            f"{flag} with dispatch_batches True in --accelerator_config: rank 0 would give each rank rows of its own. "
+            "Leave dispatch_batches out."
+        )
     for name, without in _OF_WHOLE_ROWS.items():
         if getattr(args, name) != without:
             raise UserError(f"{flag} with --{name} {getattr(args, name)}: it is for whole rows; give one of the two.")

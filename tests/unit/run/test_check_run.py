@@ -10,9 +10,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from huggingface_hub.errors import StrictDataclassError
 from models import save_tiny_llama, tiny_llama
 from runs import flags_for, refused, save_tiny_run
+from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -23,6 +25,7 @@ from lisa_dist import LisaConfig
 from lisa_dist.commands.verbs import look_for_files
 from lisa_dist.core.controller import LisaController
 from lisa_dist.errors import UserError
+from lisa_dist.eval.model import load_model
 from lisa_dist.files import describe_file, write_json
 from lisa_dist.run.arguments import parse_arguments
 from lisa_dist.run.check_run import check_config, check_resume
@@ -203,6 +206,72 @@ def test_deepspeed_configs_that_make_no_sense(folder, tmp_path, changes, said):
     write_json(tmp_path / "ds.json", auto | {"zero_optimization": {"stage": 2}} | changes)
     words = flags_for(folder, tmp_path / "out", deepspeed=tmp_path / "ds.json", bf16=False)
     assert said in refused(lambda: check_config(parse_arguments(words)))
+
+
+_SCHEDULER = {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("WarmupLR", _SCHEDULER | {"warmup_max_lr": 0.5}, "ds scheduler.params.warmup_max_lr=0.5 vs hf learning_rate"),
+        (
+            "WarmupLR",
+            _SCHEDULER | {"warmup_num_steps": 3},
+            "ds scheduler.params.warmup_num_steps=3 vs hf warmup_steps=1",
+        ),
+        (
+            "WarmupDecayLR",
+            _SCHEDULER | {"total_num_steps": 7},
+            "ds scheduler.params.total_num_steps=7 vs hf max_steps=5",
+        ),
+        ("WarmupDecayLR", _SCHEDULER, "missing 1 required positional argument: 'total_num_steps'. Correct scheduler."),
+        ("Nothing", {}, "has scheduler.type = Nothing, which is unknown. Use one of LRRangeTest, OneCycle, WarmupLR"),
+    ],
+)
+def test_schedulers_of_deepspeed_that_cannot_be_used(folder, tmp_path, kind, settings, said):
+    ds_config = {"zero_optimization": {"stage": 1}, "scheduler": {"type": kind, "params": settings}}
+    config = parse_arguments(flags_for(folder, tmp_path / "out", deepspeed=json.dumps(ds_config)))
+    assert said in refused(check_config, config)
+
+
+def test_a_scheduler_of_deepspeed_for_another_number_of_steps(folder, tmp_path):
+    settings = _SCHEDULER | {"total_num_steps": 7}
+    ds_config = {"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupDecayLR", "params": settings}}
+    words = flags_for(folder, tmp_path / "out", deepspeed=json.dumps(ds_config), max_steps=-1)
+    assert "ds scheduler.params.total_num_steps=7 vs hf num_training_steps" in refused(run, parse_arguments(words))
+
+
+def test_a_deepspeed_config_without_a_batch_size_takes_that_of_the_flags(folder, tmp_path):
+    words = flags_for(folder, tmp_path / "out", deepspeed='{"zero_optimization": {"stage": 1}}', max_steps=1)
+    assert run(parse_arguments(words)) == tmp_path / "out"
+
+
+def test_fp16_where_the_device_has_none(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
+    config = parse_arguments(flags_for(folder, tmp_path / "out", fp16=True))
+    assert "--fp16 True: this device does not compute in fp16. Use --bf16 true" in refused(check_config, config)
+
+
+def test_pickled_weights_that_would_run_something(folder, tmp_path, capsys):
+    class Touches:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was_run"),)
+
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"lm_head.weight": Touches()}, model / "pytorch_model.bin")
+    config = parse_arguments(flags_for(folder, tmp_path / "out", model_name_or_path=model))
+    assert "torch refuses to load pytorch_model.bin (UnpicklingError). The file is" in refused(check_config, config)
+    assert "torch refuses to load its pickled weights" in refused(load_model, str(model))
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_pickled_weights_that_are_whole_are_taken(folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(folder / "model" / "model.safetensors"), model / "pytorch_model.bin")
+    check_config(parse_arguments(flags_for(folder, tmp_path / "out", model_name_or_path=model)))
 
 
 @pytest.mark.parametrize(

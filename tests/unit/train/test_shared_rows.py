@@ -158,6 +158,7 @@ def test_full_training_shares_rows_too(tmp_path):
         ({"average_tokens_across_devices": False}, "--average_tokens_across_devices False: it is for whole rows"),
         ({"train_sampling_strategy": "group_by_length"}, "--train_sampling_strategy group_by_length: it is for whole"),
         ({"accelerator_config": {"use_seedable_sampler": False}}, "ranks of a group would take other rows"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "rank 0 would give each rank rows of its own"),
         ({"trainer": "dpo"}, "DPOTrainer makes its batches of whole rows"),
         ({"trainer": "grpo"}, "GRPOTrainer makes its batches of whole rows"),
         ({"trainer": "kto"}, "KTOTrainer makes its batches of whole rows"),
