@@ -37,6 +37,9 @@ def main(argv: Sequence[str]) -> None:
     with exit_on_error("lisa-dist init"):
         flags = FlagParser(ARGUMENTS, USAGE, HELP)
         arguments, lisa_config = flags.parse(argv)
+        arguments.check_bounds()
+        if arguments.takes_minutes:
+            tell(f"planning {arguments.tokens} tokens on each of {arguments.gpus} GPUs takes minutes")
         given = flags.given(argv)
         config = load_model_config(arguments.model)
         arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)

@@ -28,6 +28,9 @@ from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, chec
 from lisa_dist.text import BYTE_UNITS, format_columns, no_such_model, parse_bytes, split_names
 
 METHODS = ("lisa", "full", "lora")
+# Planning time grows with the tokens of a pass, and with the square of the number of GPUs: 64 take a minute.
+MANY_GPUS, MOST_GPUS = 64, 1024
+MANY_TOKENS, MOST_TOKENS = 2**17, 2**20
 NO_DATA = "DATA"  # what `--dataset_name` is where none is given
 # From the fastest to the slowest: with offload a step waits for the host, and stage 3 gathers every weight twice.
 SHARING = "zero3_hpz"  # of several hosts
@@ -149,10 +152,32 @@ class PlanArguments:
             self.reserve = f"{(reserved_bytes(of_gpu) + (self.gpus > 1) * 2**30) / 2**30:.2f}GiB"
         parse_bytes("--reserve", self.reserve)
 
+    def check_bounds(self) -> None:
+        """Raise UserError for a run so large that planning it would take minutes or hours."""
+        if self.gpus > MOST_GPUS:
+            raise UserError(f"--gpus {self.gpus}: plans are made for at most {MOST_GPUS} GPUs. Give fewer.")
+        tokens = self.tokens
+        if tokens > MOST_TOKENS:
+            raise UserError(
+                f"--seq_length {self.seq_length} with --micro_batch_size {self.micro_batch_size}: a GPU would have "
+                f"{tokens} tokens in a forward pass, and plans are made for at most {MOST_TOKENS}. Give less of one "
+                "of them, or share sequences between GPUs by --sequence_parallel."
+            )
+
     @property
     def rows(self) -> int:
         """Sequences of a GPU in a forward pass: of a pair both are."""
         return self.micro_batch_size * (2 if self.task in PAIRED else 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a GPU in a forward pass."""
+        return self.rows * self.seq_length // self.sequence_parallel
+
+    @property
+    def takes_minutes(self) -> bool:
+        """Whether planning takes so long that a user should be told."""
+        return self.gpus > MANY_GPUS or self.tokens > MANY_TOKENS
 
     @property
     def answers(self) -> int:
