@@ -37,6 +37,7 @@ _NAMES_ELSEWHERE = {
     "train_on_inputs": ("train_on_prompt",),
     "per_device_train_batch_size": ("micro_batch_size",),
     "num_train_epochs": ("num_epochs",),
+    "learning_rate": ("lr",),
     "optim": ("optimizer",),
     "lr_scheduler_type": ("lr_scheduler",),
     "warmup_steps": ("warmup_ratio",),
@@ -130,6 +131,9 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """In place of all flags and an exit."""
         message = re.sub(r"^argument (--\w+)[^:]*", r"\1", message)  # without the other way to write it
+        action = self._option_string_actions.get(message.partition(":")[0])
+        if action is not None and action.type is read_bool and message.endswith("expected one argument"):
+            message += ": true or false"
         raise UserError(f"{in_one_line(message)}.")
 
     def check(self, argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

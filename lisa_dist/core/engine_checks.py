@@ -106,9 +106,9 @@ def check_engine(partitions: ZeroPartitions, config: LisaConfig, expected_keys: 
     keys = partitions.keys()
     if list(expected_keys) != keys:
         raise UserError(
-            f"the engine optimizes {len(keys)} groups of parameters that are not the {len(expected_keys)} groups of "
-            "the active blocks: build its optimizer from param_groups() of this controller, and keep "
-            "zero_optimization.sub_group_size larger than a block."
+            f"The engine optimizes {len(keys)} groups of parameters, but the active blocks have {len(expected_keys)}. "
+            "If the DeepSpeed config has zero_optimization.sub_group_size, leave it out or make it larger than a "
+            "block. In a training loop of your own, build the optimizer from the controller's param_groups()."
         )
 
 

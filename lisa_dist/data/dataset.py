@@ -231,7 +231,7 @@ def put_together(
     train_sources, held_out_sources = arguments.sources()
     parts, held_out = load_all(train_sources), None
     if arguments.eval_rows:
-        parts, held_out = _hold_out(parts, arguments, seed)
+        parts, held_out = _hold_out(parts, arguments, seed, lines)
     weighted = []
     for source, examples in zip(train_sources, parts, strict=True):
         weighted.append(apply_weight(examples, source, seed))
@@ -247,16 +247,21 @@ def put_together(
     return Data(train, held_out, lines)
 
 
-def _hold_out(parts: list[Dataset], arguments: DataArguments, seed: int) -> tuple[list[Dataset], Dataset]:
-    """Sample `--eval_rows` of all examples, before weights repeat them; those of one ORIGIN stay together."""
+def _hold_out(
+    parts: list[Dataset], arguments: DataArguments, seed: int, lines: list[str]
+) -> tuple[list[Dataset], Dataset]:
+    """Sample `--eval_rows` of all examples, before weights repeat them; those of one ORIGIN stay together.
+
+    The `lines` about the sources, which count the examples that were dropped, are part of the error message.
+    """
     origins = [list(part[ORIGIN]) for part in parts]
     examples = [(index, name) for index, names in enumerate(origins) for name in dict.fromkeys(names)]
     rows = arguments.eval_rows
     number = int(rows) if rows >= 1 else round(rows * len(examples))
     if not 0 < number < len(examples):
         raise UserError(
-            f"--eval_rows {rows:g}: {', '.join(arguments.dataset_name or [])} has {len(examples)} "
-            "examples; at least one must be held out, and one left to train on."
+            f"--eval_rows {rows:g}: {len(examples)} examples of {', '.join(arguments.dataset_name or [])} can be used "
+            f"({'; '.join(line.strip() for line in lines)}). At least one must be held out, and one left to train on."
         )
     sampled = set(random.Random(seed).sample(examples, number))
     left, held_out = [], []

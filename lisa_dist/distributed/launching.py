@@ -110,7 +110,9 @@ def end_process() -> NoReturn:
 
 def _pass_on(launcher: int, number: int) -> None:
     """Send a signal to all ranks of a launcher, an interrupt as SIGTERM; while there are none, end the launcher."""
-    number = signal.SIGTERM if number == signal.SIGINT else number
+    if number == signal.SIGINT:  # which would end a rank in a traceback before it trains
+        number = signal.SIGTERM
+        print("Ctrl-C: sent to the ranks as SIGTERM; a rank that trains saves after its step and ends", flush=True)
     below = psutil.Process(launcher).children(recursive=True)
     ranks = []
     for process in below:

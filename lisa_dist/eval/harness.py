@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from lm_eval import evaluator
 from lm_eval.api import task as task_module
 from lm_eval.api.group import Group
@@ -85,9 +86,12 @@ def load_tasks(names: Sequence[str], data_dir: str | None, num_fewshot: int | No
             try:
                 content = manager.load(name)
             except OSError as error:
+                way_out = (
+                    "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "set HF_HUB_OFFLINE=1 where they are cached"
+                )
                 raise UserError(
                     f"--tasks {name}: its data cannot be loaded from the hub ({error}); give --data_dir with its "
-                    "files, as docs/evaluation.md says, or set HF_HUB_OFFLINE=1 where they are cached."
+                    f"files, as docs/evaluation.md says, or {way_out}."
                 ) from error
             loaded[name] = [content["groups"][name]] if name in content["groups"] else [*content["tasks"].values()]
     if not num_fewshot:

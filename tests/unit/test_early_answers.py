@@ -23,6 +23,8 @@ def imported_parser(verb: str, task: str = SFT) -> FlagParser:
 
 SLIPS = [
     ("train", ["--lerning_rate", "3"], r"--lerning_rate: no such flag; did you mean --learning_rate\?"),
+    ("train", ["--lr", "3"], "--lr: no such flag; here it is --learning_rate"),
+    ("train", ["--bf16", "--max_steps", "3"], "--bf16: expected one argument: true or false"),
     ("train", ["--learning_rate", "abc"], "--learning_rate: invalid float value: 'abc'"),
     ("train", ["--max_steps", "9" * 20], "--max_steps: invalid int value"),
     ("train", ["--packing", "maybe"], "--packing: maybe is neither true nor false"),

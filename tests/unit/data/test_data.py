@@ -144,9 +144,18 @@ def test_held_out_rows_of_a_file(tokenizer, names):
     assert (len(data.train), len(data.held_out)) == (20, 3)
 
 
+def test_dropped_examples_are_named_where_too_few_are_left(tokenizer, tmp_path):
+    path = tmp_path / "three.jsonl"
+    path.write_text("\n".join(json.dumps({"question": "1 + " * repeats, "answer": "2"}) for repeats in (1, 1, 99)))
+    with pytest.raises(ValueError, match=r"--eval_rows 5: 2 examples of .* can be used") as error:
+        load(tokenizer, dataset_name=str(path), eval_rows=5)
+    assert "1 examples have more than 64 tokens" in str(error.value)
+    assert "1 dropped, as no label was left). At least one must be held out" in str(error.value)
+
+
 def test_what_cannot_be_held_out(tokenizer, names):
     for eval_rows in (20, 0.001):
-        with pytest.raises(ValueError, match="at least one must be held out, and one left to train on"):
+        with pytest.raises(ValueError, match="At least one must be held out, and one left to train on"):
             load(tokenizer, dataset_name=names[0], eval_rows=eval_rows)
     with pytest.raises(ValueError, match=r"--eval_rows 5: --dataset_name has .* twice; give it once"):
         load(tokenizer, dataset_name=[names[0], f"{names[0]}#10"], eval_rows=5)

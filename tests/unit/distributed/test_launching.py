@@ -1,11 +1,13 @@
 """Ranks that `lisa-dist` starts by itself: how many, on which GPUs, and how they end."""
 
+import os
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from runs import Alone
+from runs import ROOT, Alone
 
 from lisa_dist.distributed import launching
 from lisa_dist.distributed.launching import launch_if_asked
@@ -110,3 +112,22 @@ def test_a_finished_process_ends_well_with_all_that_was_to_be_done(tmp_path):
     (tmp_path / "end.py").write_text(END)
     ended = Alone([], tmp_path / "said.txt", tmp_path / "end.py")
     assert (ended.wait(), ended.said) == (0, "begun thread at exit ")
+
+
+def test_ctrl_c_says_which_signal_the_ranks_get(monkeypatch, capsys):
+    sent = []
+    rank = SimpleNamespace(cmdline=lambda: ["python", *launching._RANK], send_signal=sent.append)
+    monkeypatch.setattr(launching.psutil, "Process", lambda _: SimpleNamespace(children=lambda recursive: [rank]))
+    launching._pass_on(0, signal.SIGUSR1)
+    assert capsys.readouterr().out == ""
+    launching._pass_on(0, signal.SIGINT)
+    assert sent == [signal.SIGUSR1, signal.SIGTERM]
+    assert "Ctrl-C: sent to the ranks as SIGTERM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch" / "slurm").glob("*.sbatch")), ids=lambda path: path.stem)
+def test_scripts_of_slurm_that_are_run_by_bash_say_how_to_submit_them(script):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    run = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert run.stderr.endswith("SLURM_JOB_ID: is not set, so this is not a SLURM job. Submit this file with sbatch\n")

@@ -309,7 +309,7 @@ def test_without_a_hub_the_way_out_is_files(monkeypatch, capsys, tmp_path):
         eval_command.main(["no/model", "--tasks", "gsm8k", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "--tasks gsm8k: its data cannot be loaded from the hub (Couldn't reach 'openai/gsm8k' on the Hub" in printed
-    assert "give --data_dir with its files" in printed
+    assert "give --data_dir with its files, as docs/evaluation.md says, or unset HF_HUB_OFFLINE." in printed
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,12 @@ def test_a_deepspeed_config_without_a_batch_size_takes_that_of_the_flags(folder,
     assert run(parse_arguments(words)) == tmp_path / "out"
 
 
+def test_sub_groups_that_are_smaller_than_a_block(folder, tmp_path):
+    ds_config = {"zero_optimization": {"stage": 3, "sub_group_size": 1000}}
+    config = parse_arguments(flags_for(folder, tmp_path / "out", deepspeed=json.dumps(ds_config), max_steps=1))
+    assert "If the DeepSpeed config has zero_optimization.sub_group_size, leave it out or" in refused(run, config)
+
+
 def test_fp16_where_the_device_has_none(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
     config = parse_arguments(flags_for(folder, tmp_path / "out", fp16=True))
