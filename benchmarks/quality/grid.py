@@ -2,6 +2,7 @@
 
 python -m benchmarks.quality.grid --task stories_gsm8k --jobs 2
 python -m benchmarks.quality.grid --task smollm2_gsm8k --methods "lora 16" "lora 16, ends" "sampled 1/6, ends"
+python -m benchmarks.quality.grid --task stories_gsm8k --steps 1600 --seeds 1
 
 RULE.md has the protocol. A method is a list of parts, separated by commas:
 
@@ -14,6 +15,8 @@ RULE.md has the protocol. A method is a list of parts, separated by commas:
     ends, ends 1/N    embedding and head train too, at 1/N of the learning rate of everything else
     K N               N steps per period instead of 20
     keep, reset_all   the treatment of optimizer states at a switch
+    warmup N          after each switch the learning rate rises over N steps
+    frozen 8          frozen decoder layers have 8 bits (in a task in bf16)
 
 Rates are chosen by the validation loss of the first seed. Runs that the results file has are not repeated.
 """
@@ -25,23 +28,24 @@ import json
 import os
 import random
 import statistics
+import sysconfig
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lisa_dist
 from benchmarks.common.methods import lora
 from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import RESULTS, positive, write_results
 from benchmarks.common.runs import adapted, plain_engine
-from benchmarks.quality.training import Data, evaluate, train
+from benchmarks.quality.training import LENGTH, Data, evaluate, train
 
 WARMUP_STEPS = 10  # steps over which the learning rate rises
 FIRST_RATE = 1e-3  # every ladder consists of this rate times powers of two
@@ -52,7 +56,7 @@ class Task:
     """A model, its data, and the length of a run. Paths are relative to the folder with the data."""
 
     model: str
-    train_file: str
+    train_file: str  # of questions and answers, a text, or STANDARD_LIBRARY
     test_file: str | None = None  # None: the last rows of train_file
     steps: int = 400
     rows: int = 8  # examples of a step
@@ -60,16 +64,23 @@ class Task:
 
 
 STORIES, SMOLLM2 = "models/stories260k-hf", ".quickstart/model"
-GSM8K, ALPACA = ("gsm8k/train.jsonl", "gsm8k/test.jsonl"), ("alpaca/mix_train.json", None)
+STANDARD_LIBRARY = "the source code of Python's standard library"
+DATASETS: dict[str, tuple[str, str | None]] = {
+    "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
+    "alpaca": ("alpaca/mix_train.json", None),
+    "wiki": ("text/wiki_demo.txt", None),
+    "code": (STANDARD_LIBRARY, None),
+}
 TASKS = {
     f"{name}_{data}": Task(model, *files, **settings)
     for name, model, settings in (
         ("stories", STORIES, {}),
         ("smollm2", SMOLLM2, {"steps": 200, "rows": 1, "bf16": True}),
     )
-    for data, files in (("gsm8k", GSM8K), ("alpaca", ALPACA))
+    for data, files in DATASETS.items()
 }
 VALIDATION_ROWS, TEST_ROWS = 96, 192
+CHARACTERS = 1_000_000  # of the source code that is read
 
 LAYERS = (
     *("none", "lora 16", "lora 64", "lora 128", "sampled 1/6", "sampled 1/3", "sampled 1/2"),
@@ -79,10 +90,10 @@ ENDS = ("ends", "ends 1/4", "ends 1/10", "ends 1/20")
 BESIDE = ("sampled 1/15, adapters 32, ends", "sampled 1/6, adapters 32, ends", "lora 32, ends")
 GRID = ("full", *LAYERS[1:], *(f"{layers}, {ends}" for layers in LAYERS for ends in ENDS), *BESIDE)
 
-# The rung where the ladder of a method begins, by the model and the first word of the method.
+# The rung where the ladder of a method begins, by the model and the kind of its layers.
 FIRST_RUNG = {
-    STORIES: {"full": 2, "all": 2, "lora": 2, "lora, ends": 2, "none": 5, "sampled": 2, "fixed": 2, "adapters": 3},
-    SMOLLM2: {"full": -4, "all": -4, "lora": 0, "lora, ends": 0, "none": 0, "sampled": -2, "fixed": -2, "adapters": 0},
+    STORIES: {"full": 2, "all": 2, "lora": 3, "none": 4, "sampled": 2, "fixed": 2, "adapters": 3},
+    SMOLLM2: {"full": -4, "all": -4, "lora": 0, "none": 0, "sampled": -2, "fixed": -2, "adapters": 0},
 }
 
 
@@ -96,6 +107,8 @@ class Parts:
     ends: Fraction | None = None  # rate of embedding and head relative to everything else; None: frozen
     interval: int = 20
     state: str = "reset"
+    warmup: int = 0  # steps after a switch
+    frozen_bits: int = 16
 
     @classmethod
     def parse(cls, name: str) -> "Parts":
@@ -123,6 +136,10 @@ class Parts:
                     found["interval"] = int(interval)
                 case ["keep"] | ["reset_all"]:
                     found["state"] = part[0]
+                case ["warmup", steps]:
+                    found["warmup"] = int(steps)
+                case ["frozen", "8"]:
+                    found["frozen_bits"] = 8
                 case _:
                     raise ValueError(f"unknown part {' '.join(part)!r} in method {name!r}")
         parts = cls(**found)
@@ -136,6 +153,15 @@ class Parts:
             return max(1, int(self.share * num_layers + Fraction(1, 2)))
         return num_layers if self.layers in ("all", "full") else 0
 
+    def rates(self, lr: float, steps: int) -> list[float]:
+        """Return the learning rate of each step: a linear decay with a warm-up, and one after each switch if asked."""
+        return [
+            lr
+            * min(1.0, (step + 1) / WARMUP_STEPS, 1 - step / steps)
+            * min(1.0, (step % self.interval + 1) / (self.warmup + 1))
+            for step in range(steps)
+        ]
+
     def settings(self, num_layers: int, seed: int) -> dict[str, Any]:
         """Return the settings of LisaConfig. Embedding and head have factored moments, layers have 8-bit moments."""
         scale = f"{float(self.ends or 1):g}"
@@ -145,6 +171,7 @@ class Parts:
             "lisa_state": self.state,
             "lisa_sampler": "fixed" if self.layers in ("fixed", "all", "none", "lora") else "uniform",
             "lisa_seed": seed,
+            "lisa_frozen_bits": self.frozen_bits,
         }
         bits = ["layers=8"] if settings["lisa_activated_layers"] else []
         if self.ends is None:
@@ -175,12 +202,31 @@ def build(task: Task, model_path: str, name: str, lr: float, seed: int) -> tuple
     return lisa_dist.initialize(model, ds_config, config, lr=lr, micro_batch_size=task.rows, optim="lisa_adamw")
 
 
+def source_code() -> str:
+    """Return modules of Python's standard library one after another, in a fixed random order."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = "".join(file.read_text(encoding="utf-8") for file in random.Random(0).sample(files, len(files)))
+    return text[:CHARACTERS]
+
+
+def blocks(model_path: str, text: str) -> Data:
+    """Return the blocks of LENGTH tokens that a text consists of, in its order. Every token is predicted."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Data(tokenizer, [(tokens[at : at + LENGTH], 0) for at in range(0, len(tokens) - LENGTH + 1, LENGTH)])
+
+
 def read_data(task: Task, data_folder: str, model_path: str) -> tuple[Data, Data, Data]:
     """Return training, validation and test rows, which have no row in common.
 
     Raises ValueError if the file has too few rows.
     """
-    everything = Data.read(model_path, os.path.join(data_folder, task.train_file), 10**9)
+    if task.train_file == STANDARD_LIBRARY:
+        everything = blocks(model_path, source_code())
+    elif task.train_file.endswith(".txt"):
+        everything = blocks(model_path, Path(data_folder, task.train_file).read_text(encoding="utf-8"))
+    else:
+        everything = Data.read(model_path, os.path.join(data_folder, task.train_file), 10**9)
     rows = list(dict.fromkeys((tuple(tokens), asked) for tokens, asked in everything.rows))
     if task.test_file is None:
         rows, test = rows[:-TEST_ROWS], rows[-TEST_ROWS:]
@@ -204,15 +250,13 @@ def run(task: Task, data_folder: str, model_path: str, method: str, lr: float, s
     order = random.Random(seed).sample(range(len(training.rows)), len(training.rows))
     endless = itertools.cycle(order)
     batches = (training.batch(list(itertools.islice(endless, task.rows))) for _ in range(task.steps))
-    steps = task.steps
-    rates = (lr * min(1.0, (step + 1) / WARMUP_STEPS, 1 - step / steps) for step in range(steps))
     gc.collect()
     engine, lisa = build(task, model_path, method, lr, seed)
     untrained = evaluate(engine, test, task.rows)[0] if method == "full" and seed == 0 else None
     engine.train()
     started = time.process_time()
-    train(engine, lisa, batches, rates)
-    seconds = (time.process_time() - started) / steps
+    train(engine, lisa, batches, Parts.parse(method).rates(lr, task.steps))
+    seconds = (time.process_time() - started) / task.steps
     if lisa is not None:
         lisa.close()
     validation_loss, _ = evaluate(engine, validation, task.rows)
@@ -283,22 +327,32 @@ def paired_difference(method: str, other: str, runs: dict[str, Any]) -> tuple[fl
     return statistics.mean(differences), error
 
 
+def read_runs(results: Path) -> dict[str, Any]:
+    """Return the runs of a results file, or none if there is no such file."""
+    return json.loads(results.read_text(encoding="utf-8"))["figures"]["runs"] if results.is_file() else {}
+
+
 class Grid:
-    """The runs of one task and its results file."""
+    """The runs of one task with one number of steps, and their results file."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.task, self.arguments = TASKS[arguments.task], arguments
+        usual, name = RESULTS / f"grid_{arguments.task}.json", f"grid_{arguments.task}"
+        self.known = read_runs(usual)  # the best rate of another length is where a ladder begins
+        if arguments.steps not in (None, self.task.steps):
+            self.task, name = replace(self.task, steps=arguments.steps), f"{name}_{arguments.steps}"
         is_own = self.task.model == SMOLLM2
         self.model_path = self.task.model if is_own else os.path.join(arguments.data, self.task.model)
-        self.results: Path = arguments.results or RESULTS / f"grid_{arguments.task}.json"
-        self.runs: dict[str, Any] = {}
-        if self.results.is_file():
-            self.runs = json.loads(self.results.read_text())["figures"]["runs"]
+        self.results: Path = arguments.results or RESULTS / f"{name}.json"
+        self.runs = read_runs(self.results)
         self._writing = threading.Lock()
 
     def tune(self, method: str) -> None:
         """Run a method at one rate after another until the best one is inside, then with the other seeds."""
-        while rungs := next_rungs(method, self.runs, first_rung(self.task, method, self.runs)):
+        first = best_rung(method, self.known)
+        if first is None:
+            first = first_rung(self.task, method, self.runs)
+        while rungs := next_rungs(method, self.runs, first):
             for rung in rungs:
                 self._run(method, rung, 0)
         best = best_rung(method, self.runs)
@@ -342,6 +396,7 @@ def main() -> None:
     add("--methods", nargs="+", default=GRID, metavar="METHOD", help="methods to run; by default the whole grid")
     add("--baseline", default="lora 16, ends", help="method that the others are compared with")
     add("--data", default=os.environ.get("LISA_DIST_DATA", "../shared/data"), help="folder with models and datasets")
+    add("--steps", type=positive, help="optimizer steps instead of the task's own; writes results/grid_TASK_STEPS.json")
     add("--seeds", type=positive, default=3, help="seeds at the best rate")
     add("--jobs", type=positive, default=1, help="methods that run at the same time")
     add("--results", type=Path, help="results file; by default results/grid_TASK.json")

@@ -1,13 +1,18 @@
 """The grid of methods: names and their settings, the choice of rates, and paired differences."""
 
+import argparse
+import json
 from fractions import Fraction
 
 import pytest
 
+from benchmarks.quality import grid
 from benchmarks.quality.grid import (
     GRID,
     SMOLLM2,
     TASKS,
+    TEST_ROWS,
+    VALIDATION_ROWS,
     Parts,
     best_rung,
     first_rung,
@@ -15,6 +20,7 @@ from benchmarks.quality.grid import (
     losses_on_test_rows,
     next_rungs,
     paired_difference,
+    read_data,
 )
 from lisa_dist import LisaConfig
 
@@ -47,8 +53,44 @@ def test_scales_are_relative_to_everything_else():
 
 
 def test_more_parts():
-    parts = Parts.parse("fixed 1/3, ends 1/20, K 5, keep")
-    assert parts == Parts("fixed", share=Fraction(1, 3), ends=Fraction(1, 20), interval=5, state="keep")
+    parts = Parts.parse("fixed 1/3, ends 1/20, K 5, keep, warmup 3, frozen 8")
+    assert parts == Parts("fixed", Fraction(1, 3), None, Fraction(1, 20), 5, "keep", warmup=3, frozen_bits=8)
+    assert parts.settings(5, 0)["lisa_frozen_bits"] == 8
+
+
+def test_the_rate_rises_after_each_switch():
+    plain = Parts.parse("sampled 1/3, ends, K 20").rates(1.0, 100)
+    assert plain[:2] + plain[20:22] == pytest.approx([0.1, 0.2, 0.8, 0.79])
+    risen = Parts.parse("sampled 1/3, ends, K 20, warmup 3").rates(1.0, 100)
+    assert risen[20:25] == pytest.approx([0.8 / 4, 0.79 / 2, 0.78 * 3 / 4, 0.77, 0.76])
+
+
+@pytest.mark.parametrize("data", ["gsm8k", "alpaca", "wiki", "code"])
+def test_rows_of_a_task_are_in_one_of_three_sets(data, data_dir):
+    task = TASKS[f"stories_{data}"]
+    training, validation, test = (
+        {(*tokens, asked) for tokens, asked in part.rows}
+        for part in read_data(task, str(data_dir), str(data_dir / task.model))
+    )
+    assert (len(validation), len(test)) == (VALIDATION_ROWS, TEST_ROWS)
+    assert len(training | validation | test) == len(training) + VALIDATION_ROWS + TEST_ROWS
+    assert len(training) > 1000
+
+
+def test_a_longer_run_begins_at_the_rate_that_was_best_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "RESULTS", tmp_path)
+    runs = runs_of("all, ends", {3: 1.2, 4: 1.0, 5: 1.1})
+    (tmp_path / "grid_stories_gsm8k.json").write_text(json.dumps({"figures": {"runs": runs}}), encoding="utf-8")
+    tried = []
+
+    def run(self, method, rung, seed):
+        tried.append((self.task.steps, rung, seed))
+        self.runs[key_of(method, rung, seed)] = {"validation": abs(rung - 4.2), "test": 1.0}
+
+    monkeypatch.setattr(grid.Grid, "_run", run)
+    arguments = argparse.Namespace(task="stories_gsm8k", steps=1600, data="", seeds=2, results=None)
+    grid.Grid(arguments).tune("all, ends")
+    assert tried == [(1600, 4, 0), (1600, 3, 0), (1600, 5, 0), (1600, 4, 1)]
 
 
 @pytest.mark.parametrize(
