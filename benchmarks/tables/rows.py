@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.tables.outcomes import layers_that_train, method_name, outcome, runs_at_best, spread_of_seeds
+from benchmarks.tables.outcomes import layers_that_train, method_name, outcome, spread_of_seeds
 from benchmarks.tables.render import Table, TableError, print_table
 
 Row = Iterable
@@ -169,23 +169,6 @@ def where_run(of: list, *tasks: dict) -> Iterator[Row]:
         cells = [outcome(name, figures, may_lack=True) for figures in tasks]
         if any(cell["steps"] for cell in cells):
             yield method_name(name), *cells
-
-
-def accuracies(of: list, figures: dict) -> Iterator[Row]:
-    """Of a method: answers right on average, with the standard error of one run's, those of each seed, and the loss."""
-    for name in of:
-        runs = runs_at_best(name, figures)
-        right, errors = [run["accuracy"] for run in runs], [run["standard_error"] for run in runs]
-        losses = [run["held_out"] for run in runs]
-        each = ", ".join(f"{one:.1%}" for one in right)
-        yield (
-            method_name(name),
-            statistics.mean(right),
-            max(errors),
-            each,
-            statistics.mean(losses),
-            spread_of_seeds(losses),
-        )
 
 
 def by_share(of: list, shares: dict, *tasks: dict) -> Iterator[Row]:
