@@ -3,17 +3,12 @@
 python -m benchmarks.cost.policies
 """
 
-import torch
-from transformers import PretrainedConfig
-
 from benchmarks.common.methods import EIGHT
 from benchmarks.common.results import parser_of, write_results
-from benchmarks.common.runs import model_of
 from benchmarks.tables.pictures import draw_memory
 from benchmarks.tables.rows import show
 from lisa_dist import LisaConfig
-from lisa_dist.core.blocks import find_blocks
-from lisa_dist.memory.plan import Plan, PlanArguments, load_model_config
+from lisa_dist.memory.plan import PlanArguments, load_model_config
 from lisa_dist.memory.planner import make_plans
 
 LORA, OURS = {"method": "lora", "lora_r": 16}, {"optim": "lisa_adamw"}
@@ -22,12 +17,15 @@ FACTORED = NO_MASTERS | {"lisa_state_bits": "embed=factored,head=factored,layers
 ON_HOST = {"lisa_offload": "embed,head,rest,layers"}
 FLAGS = ("--optim lisa_adamw --lisa_master bf16_sr", "--lisa_state_bits embed=factored,head=factored,layers=8")
 FLAGS += ("--lisa_offload embed,head,rest,layers",)
-QLORA = "QLoRA, rank 16 (by its layers' codes)"
+SAVED = {"lora_modules_to_save": ["embed_tokens", "lm_head"]}
+NO_LAYERS = {"lisa_activated_layers": 0, "lisa_adapters": 16, "lisa_state_bits": "embed=factored,head=factored"}
 # Name; arguments of the plan; settings of LISA.
 POLICIES = (
     ("full training", {"method": "full"}, {}),
     ("LoRA, rank 16", LORA, {}),
-    (QLORA, LORA, {}),
+    ("QLoRA, rank 16 (`--load_in_4bit`)", LORA | {"load_in_4bit": True}, {}),
+    ("LoRA, embed and head trained (`--lora_modules_to_save embed_tokens lm_head`)", LORA | SAVED, {}),
+    ("adapters, rank 16, embed and head trained with small states, no sampled layers", OURS, NO_MASTERS | NO_LAYERS),
     ("LISA as published: embed and head always trained", {}, {}),
     ("their moments in 8 bits", {}, {"lisa_state_bits": "embed=8,head=8,rest=8"}),
     ("embed and head sampled", {}, DRAWN),
@@ -42,16 +40,6 @@ POLICIES = (
 )
 
 
-def peak_of_qlora(lora: Plan, config: PretrainedConfig) -> int:
-    """The peak of LoRA with the layers' matrices as NF4 codes, from its plan in bf16: a pass makes one matrix whole."""
-    layers = find_blocks(model_of(config, torch.bfloat16)).layers
-    weights = [one for layer in layers for one in layer.parameters.values() if one.ndim > 1]
-    # Of 16 bits an element has 4, a 64th of a scale in 8 bits, and of each 256 scales one in fp32.
-    saved = sum(weight.nbytes - weight.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)) for weight in weights)
-    backward = lora.gpu.peak_backward - saved + max(weight.nbytes for weight in weights)
-    return round(max(backward, lora.gpu.peak_step - saved))
-
-
 def main() -> None:
     """Plan every policy for two models, two lengths, without and with checkpointing; print and draw the peaks."""
     arguments = parser_of(__doc__, "policies").parse_args()
@@ -60,9 +48,9 @@ def main() -> None:
         config = load_model_config(model)
         for checkpointed, length in (("none", 1024), ("none", 4096), ("all", 1024), ("all", 4096)):
             how = {"deepspeed": "zero2", "loss": "chunked", "seq_length": length, "checkpointed_layers": checkpointed}
-            for row, (name, more, settings) in zip(rows, POLICIES, strict=True):
+            for row, (_, more, settings) in zip(rows, POLICIES, strict=True):
                 (plan,) = make_plans(config, PlanArguments(model, **how | more), LisaConfig(**settings))
-                row.append(peak_of_qlora(plan, config) if name == QLORA else plan.gpu.peak)
+                row.append(plan.gpu.peak)
     write_results(arguments.results, {"rows": rows})
     show("policies", {"rows": rows})
     draw_memory({"rows": rows})

@@ -12,7 +12,9 @@ from lisa_dist.text import GIB
 
 ROOT = Path(__file__).parents[2]
 # Rows of policies.json in the picture, by how they begin.
-POLICIES = {"full": "full training", "LoRA r16": "LoRA, rank 16", "QLoRA r16": "QLoRA", "LISA as published": "LISA as"}
+POLICIES = {"full": "full training", "LoRA r16": "LoRA, rank 16", "QLoRA r16": "QLoRA"}
+POLICIES |= {"LoRA r16, embed and head": "LoRA, embed", "adapters r16, small embed and head": "adapters, rank 16"}
+POLICIES |= {"LISA as published": "LISA as"}
 POLICIES |= {"LISA, moments in 8 bits, no masters": "always trained, no masters", "LISA, factored": "the same, embed"}
 POLICIES |= {f"LISA, factored, frozen {bits} bits": f"the same, frozen layers in {bits}" for bits in (8, 4)}
 POLICIES |= {"LISA, sampled, 8 bits": "embed and head sampled, no", "LISA, states on host": "all states on the host"}
@@ -20,8 +22,9 @@ POLICIES |= {"LISA, sampled, 8 bits": "embed and head sampled, no", "LISA, state
 
 def draw_memory(figures: dict, path: Path = ROOT / "docs" / "memory.png") -> None:
     """Bars of a GPU's peak in rows of 1024 tokens without checkpointing, for each model; full training is cut off."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    colors = ["#9ca3af", "#d9580d", "#d9580d", *["#2563eb"] * (len(POLICIES) - 3)]
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    baselines = sum(not name.startswith(("LISA", "adapters")) for name in POLICIES)
+    colors = ["#9ca3af", *["#d9580d"] * (baselines - 1), *["#2563eb"] * (len(POLICIES) - baselines)]
     both = zip(figure.subplots(1, 2, sharey=True), {"llama2-7b": 1, "llama3.1-8b": 5}.items(), strict=True)
     for axes, (model, column) in both:
         rows = [next(row for row in figures["rows"] if row[0].startswith(words)) for words in POLICIES.values()]

@@ -122,8 +122,8 @@ def test_a_run_of_which_nothing_is_said_has_the_memory_of_lora(folder, tmp_path)
     del words[(at := words.index("--lisa_preset")) : at + 2]
     said = on_two_ranks(words, tmp_path)
     small = "lisa_state_bits embed=factored,head=factored,layers=8, lisa_master bf16_sr"
-    assert f"lora: optim lisa_adamw, {small}" in said
-    planned = r"layers +lora: (\d) of 6, [\d.]+ \wiB planned without checkpointing; LoRA's step, rank 16, and a tenth"
+    assert f"lora_memory: optim lisa_adamw, {small}" in said
+    planned = r"layers +lora_memory: (\d) of 6, [\d.]+ \wiB planned; LoRA with rank 16 takes "
     layers = re.search(planned, said)
     assert f"2 steps with {layers[1]} layers, uniform" in said
     whole = load_file(tmp_path / "out" / "model.safetensors")

@@ -181,8 +181,10 @@ def test_rows_of_policies_are_those_of_their_script():
     rows = Benchmarks(ROOT / "benchmarks").results("policies")["figures"]["rows"]
     assert [row[0] for row in rows] == [name for name, *_ in policies.POLICIES]
     peaks = {name: row for name, *row in rows}
-    for qlora, lora, full in zip(peaks[policies.QLORA], peaks["LoRA, rank 16"], peaks["full training"], strict=True):
-        assert qlora < lora < full
+    ascending = ("QLoRA,", "LoRA, rank 16", "adapters, rank 16", "LoRA, embed and head", "full training")
+    names = [next(name for name in peaks if name.startswith(beginning)) for beginning in ascending]
+    for one in zip(*(peaks[name] for name in names), strict=True):
+        assert list(one) == sorted(one)
 
 
 def test_the_index_has_every_script_and_every_result():
@@ -242,16 +244,3 @@ def test_seeds_that_a_cut_sweep_has_left_out_are_no_error():
     """Two processes may have ended seeds 0 and 2, and not 1."""
     figures = {f"full, 0.004, seed {seed}": {"held_out": float(seed)} for seed in (0, 2)}
     assert [run["held_out"] for run in runs_at_best("full", figures)] == [0.0, 2.0]
-
-
-def test_the_claim_of_the_readme_is_what_its_table_says():
-    """The one figure of losses in prose: the gap to full training with as many layers as fit."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = next(found[2] for found in MARKED.finditer(page) if found[1] == "headline_quality").splitlines()
-    cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in rows}
-    (fitted,) = (name for name in cells if name.startswith("LISA, as many layers as fit"))
-    gaps = [float(re.match(r"[\d.]+", one)[0]) - float(re.match(r"[\d.]+", full)[0])
-            for one, full in zip(cells[fitted], cells["full training"], strict=True)]  # fmt: skip
-    assert len(gaps) == 4
-    claimed = re.search(r"LISA was within ([\d.]+) of full training's held-out loss on every\s+task", page)
-    assert max(gaps) <= float(claimed[1])

@@ -220,7 +220,7 @@ def attach_wrongly(what: str) -> str:
     [
         ("stage 0", "set zero_optimization.stage to 1"),
         ("bf16 optimizer", "grad_accum_dtype = fp32"),
-        ("other groups", "build its optimizer from param_groups()"),
+        ("other groups", "build the optimizer from the controller's param_groups()"),
         ("reentrant", "the model's gradient checkpointing is reentrant"),
         ("private name", "lacks _grad_acc_hooks, which LISA needs"),
     ],

@@ -9,7 +9,7 @@ import torch
 from cases import full
 from models import tiny_llama, token_batches
 from peft import LoraConfig, get_peft_model
-from ranks import run_ranks
+from ranks import run_ranks, stop_ranks
 from torch import distributed as dist
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
@@ -104,6 +104,7 @@ def test_a_plan_is_what_a_step_of_lora_allocates(ds_config, world_size, dtype, l
     )
     planned, _ = estimate.worst(settings, Workload(LENGTH, ROWS, dtype, loss=OWN))
     for _ in range(3):
+        stop_ranks()  # a rank that other tests have used may free their tensors while it measures
         measured = run_ranks(measured_step, world_size, ds_config, dtype, lora, str(tmp_path))
         if all(found["peak_backward"] <= 1.03 * planned.peak_backward for found in measured):
             break  # a thread of gloo's may hold a reduced bucket on into the peak; not three times in a row

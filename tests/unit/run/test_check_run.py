@@ -13,6 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from huggingface_hub.errors import StrictDataclassError
 from models import save_tiny_llama, tiny_llama
+from ranks import run_ranks, stop_ranks
 from runs import flags_for, refused, save_tiny_run
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -235,22 +236,44 @@ def test_schedulers_of_deepspeed_that_cannot_be_used(folder, tmp_path, kind, set
     assert said in refused(check_config, config)
 
 
+@pytest.fixture
+def fresh_rank():
+    """Ranks of this test alone: a whole run initializes and destroys process groups."""
+    stop_ranks()
+    yield
+    stop_ranks()
+
+
+def outcome_of_run(words: list[str]) -> str:
+    """Run in a rank, where a process group may be left behind. Return the error message or the output folder."""
+    try:
+        return str(run(parse_arguments(words)))
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.usefixtures("fresh_rank")
 def test_a_scheduler_of_deepspeed_for_another_number_of_steps(folder, tmp_path):
     settings = _SCHEDULER | {"total_num_steps": 7}
     ds_config = {"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupDecayLR", "params": settings}}
     words = flags_for(folder, tmp_path / "out", deepspeed=json.dumps(ds_config), max_steps=-1)
-    assert "ds scheduler.params.total_num_steps=7 vs hf num_training_steps" in refused(run, parse_arguments(words))
+    (said,) = run_ranks(outcome_of_run, 1, words)
+    assert "ds scheduler.params.total_num_steps=7 vs hf num_training_steps" in said
 
 
+@pytest.mark.usefixtures("fresh_rank")
 def test_a_deepspeed_config_without_a_batch_size_takes_that_of_the_flags(folder, tmp_path):
     words = flags_for(folder, tmp_path / "out", deepspeed='{"zero_optimization": {"stage": 1}}', max_steps=1)
-    assert run(parse_arguments(words)) == tmp_path / "out"
+    assert run_ranks(outcome_of_run, 1, words) == [str(tmp_path / "out")]
 
 
+@pytest.mark.usefixtures("fresh_rank")
 def test_sub_groups_that_are_smaller_than_a_block(folder, tmp_path):
     ds_config = {"zero_optimization": {"stage": 3, "sub_group_size": 1000}}
-    config = parse_arguments(flags_for(folder, tmp_path / "out", deepspeed=json.dumps(ds_config), max_steps=1))
-    assert "If the DeepSpeed config has zero_optimization.sub_group_size, leave it out or" in refused(run, config)
+    words = flags_for(folder, tmp_path / "out", deepspeed=json.dumps(ds_config), max_steps=1)
+    (said,) = run_ranks(outcome_of_run, 1, words)
+    assert "If the DeepSpeed config has zero_optimization.sub_group_size, leave it out or" in said
+    assert len(said.splitlines()) == 1
 
 
 def test_fp16_where_the_device_has_none(folder, tmp_path, monkeypatch):
