@@ -295,10 +295,14 @@ def next_rungs(method: str, runs: dict[str, Any], first: int) -> list[int]:
 
 
 def first_rung(task: Task, method: str, runs: dict[str, Any]) -> int:
-    """Return where the ladder of a method begins: at the best rung of the same method with another scale, if known."""
-    same = [name.split("; ")[0] for name in runs if name.split(", ends")[0] == method.split(", ends")[0]]
-    if ", ends" in method and (known := [best_rung(name, runs) for name in same if ", ends" in name]):
-        return known[-1] or 0
+    """Return where the ladder of a method begins: at the highest best rung of the same layers with another scale.
+
+    The lower the rate of embedding and head, the higher the best rate of everything else.
+    """
+    same = [name for name in dict.fromkeys(key.split("; ")[0] for key in runs) if name != method]
+    known = [best_rung(name, runs) for name in same if name.split(", ends")[0] == method.split(", ends")[0]]
+    if ", ends" in method and known:
+        return max(rung for rung in known if rung is not None)
     parts = Parts.parse(method)
     kind = "adapters" if parts.rank is not None and parts.layers != "lora" else parts.layers
     return FIRST_RUNG[task.model][kind]

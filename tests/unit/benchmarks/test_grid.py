@@ -124,6 +124,7 @@ def test_another_scale_begins_where_the_first_one_ended():
     task = next(task for task in TASKS.values() if task.model == SMOLLM2)
     runs = runs_of("sampled 1/6, ends", {-1: 1.0, 0: 0.9, 1: 1.0})
     assert first_rung(task, "sampled 1/6, ends 1/4", runs) == 0
+    assert first_rung(task, "sampled 1/6, ends 1/4", runs | runs_of("sampled 1/6", {2: 0.8})) == 2, "the highest"
     assert first_rung(task, "sampled 1/3, ends 1/4", runs) == -2, "the first rung of the model"
 
 
