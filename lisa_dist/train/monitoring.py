@@ -44,6 +44,7 @@ from lisa_dist.zero.parameters import parameter_numel
 # Entries of a log, in the order in which they are shown.
 _SHOWN = {
     "loss": lambda value: f"loss {value:.4f}",
+    "reward": lambda value: f"reward {value:.4g}",  # of GRPO, whose loss is about 0 by its definition
     "held_out": lambda value: f"held out {value:.4f}",
     "learning_rate": lambda value: f"lr {value:.2g}",
     "grad_norm": lambda value: f"grad norm {value:.3g}",

@@ -52,6 +52,15 @@ def test_the_time_left_is_that_of_the_steps_of_this_start(monkeypatch, capsys):
     assert capsys.readouterr().out == "step 110/160  69%  loss 1.0000  0:07:30 left\n"
 
 
+def test_the_mean_reward_is_in_the_line_of_a_step(capsys):
+    """The loss of GRPO is about 0 however good the answers are."""
+    progress, state = Progress(lambda: ""), SimpleNamespace(global_step=0, max_steps=8, is_world_process_zero=True)
+    progress.on_train_begin(None, state, None)
+    state.global_step = 2
+    progress.on_log(None, state, None, logs={"loss": 1e-9, "reward": 0.43751, "rewards/exact/mean": 0.25})
+    assert capsys.readouterr().out.startswith("step 2/8  25%  loss 0.0000  reward 0.4375  ")
+
+
 def test_other_ranks_say_nothing(capsys):
     follow(Progress(lambda: ""), main=False)
     assert capsys.readouterr().out == ""
