@@ -14,6 +14,7 @@ import json
 import random
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,9 +168,12 @@ def load_data(
     held_out = None
     if arguments.eval_rows:
         sampled = _sample_heads(heads, arguments, seed)
-        stream.held_out = frozenset(map(digest, sampled))
-        held_out = _join([encode(dataset_of(sampled), train_sources[0])[0]], "--dataset_name")
-        lines.append(f"held out: {len(sampled)} of the first {BLOCK_ROWS} rows, sampled by --seed {seed}")
+        encoded = encode(dataset_of(sampled), train_sources[0])[0]
+        encoded = encoded.select(range(min(len(encoded), int(arguments.eval_rows))))
+        used = set(encoded[ORIGIN])  # fewer rows where texts are split
+        stream.held_out = frozenset(digest(row) for row in sampled if row[ORIGIN] in used)
+        held_out = _join([encoded], "--dataset_name")
+        lines.append(f"held out: {len(held_out)} examples of the first {BLOCK_ROWS} rows, sampled by --seed {seed}")
     elif held_out_sources:
         loaded = [load(source) for source in held_out_sources]
         held_out = _join([part for part, _ in loaded], "--eval_dataset_name")
@@ -250,25 +254,36 @@ def put_together(
 def _hold_out(
     parts: list[Dataset], arguments: DataArguments, seed: int, lines: list[str]
 ) -> tuple[list[Dataset], Dataset]:
-    """Sample `--eval_rows` of all examples, before weights repeat them; those of one ORIGIN stay together.
+    """Sample `--eval_rows` of all examples, before weights repeat them.
+
+    Parts of one text, which have one ORIGIN, stay together. Only of the text that was sampled last some parts may be
+    held out and the others trained on, so that the number is what was asked for.
 
     The `lines` about the sources, which count the examples that were dropped, are part of the error message.
     """
-    origins = [list(part[ORIGIN]) for part in parts]
-    examples = [(index, name) for index, names in enumerate(origins) for name in dict.fromkeys(names)]
-    rows = arguments.eval_rows
-    number = int(rows) if rows >= 1 else round(rows * len(examples))
-    if not 0 < number < len(examples):
+    parts_of = Counter((index, name) for index, part in enumerate(parts) for name in part[ORIGIN])
+    rows, total = arguments.eval_rows, parts_of.total()
+    number = int(rows) if rows >= 1 else round(rows * total)
+    if not 0 < number < total:
         raise UserError(
-            f"--eval_rows {rows:g}: {len(examples)} examples of {', '.join(arguments.dataset_name or [])} can be used "
+            f"--eval_rows {rows:g}: {total} examples of {', '.join(arguments.dataset_name or [])} can be used "
             f"({'; '.join(line.strip() for line in lines)}). At least one must be held out, and one left to train on."
         )
-    sampled = set(random.Random(seed).sample(examples, number))
+    wanted: Counter[tuple[int, str]] = Counter()
+    missing = number
+    for one in random.Random(seed).sample(list(parts_of), min(number, len(parts_of))):
+        wanted[one] = min(parts_of[one], missing)
+        missing -= wanted[one]
     left, held_out = [], []
-    for index, (part, names) in enumerate(zip(parts, origins, strict=True)):
-        is_held_out = [(index, name) in sampled for name in names]
-        left.append(part.select([n for n, is_out in enumerate(is_held_out) if not is_out]))
-        held_out.append(part.select([n for n, is_out in enumerate(is_held_out) if is_out]))
+    for index, part in enumerate(parts):
+        rows_left: list[int] = []
+        rows_out: list[int] = []
+        for row, name in enumerate(part[ORIGIN]):
+            is_out = wanted[index, name] > 0
+            wanted[index, name] -= is_out
+            (rows_out if is_out else rows_left).append(row)
+        left.append(part.select(rows_left))
+        held_out.append(part.select(rows_out))
     return left, _join(held_out, "--dataset_name")
 
 

@@ -28,7 +28,7 @@ def test_a_resumed_stream_has_the_bits_of_one_that_was_not_stopped(folder, tmp_p
     whole, resumed, changes = tmp_path / "whole", tmp_path / "resumed", STREAM | BY_FORK | changes
     said = on_two_ranks(flags_for(folder, whole, **changes), tmp_path)
     assert "question_answer (question, answer), streamed, 10000 rows shuffled at a time" in said
-    assert "held out: 5 of the first 10000 rows, sampled by --seed 42" in said
+    assert "held out: 5 examples of the first 10000 rows, sampled by --seed 42" in said
     changes |= {"resume_from_checkpoint": whole / "checkpoint-2"}
     said = on_two_ranks(flags_for(folder, resumed, **changes), tmp_path)
     assert "not bit for bit" not in said

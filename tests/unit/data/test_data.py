@@ -58,6 +58,18 @@ def test_held_out_rows_are_held_out_whole(tokenizer, tmp_path):
     assert not train & held_out
 
 
+@pytest.mark.parametrize(("texts", "eval_rows"), [(30, 10), (1, 10), (30, 0.1)])
+def test_parts_of_a_split_text_are_counted_as_examples(tokenizer, tmp_path, texts, eval_rows):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(f"({n})" * 100 for n in range(10, 10 + texts)))
+    total = len(load(tokenizer, dataset_name=str(path), max_length=32).train)
+    data = load(tokenizer, dataset_name=str(path), eval_rows=eval_rows, max_length=32)
+    number = eval_rows if eval_rows >= 1 else round(eval_rows * total)
+    assert (len(data.train), len(data.held_out)) == (total - number, number)
+    with pytest.raises(ValueError, match=f"--eval_rows {total}: {total} examples of"):
+        load(tokenizer, dataset_name=str(path), eval_rows=total, max_length=32)
+
+
 def test_the_first_example_is_shown_with_what_counts(tokenizer, names):
     shown = load(tokenizer, dataset_name=names[0]).lines[1].split("\n")
     assert shown[1:] == ["  <user>0 + 1?<end><assistant>", "> 1<end>"]

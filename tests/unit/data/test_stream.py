@@ -138,9 +138,19 @@ def test_held_out_rows_are_not_trained_on(tokenizer, tmp_path):  # noqa: F811
     trained = [one for part in range(2) for one, _ in take_pass(data.train, part, 2, 1)]
     assert len(held_out) == 4
     assert Counter(questions(tokenizer, trained)) == {n: 2 for n in range(20) if n not in held_out}
-    assert f"held out: 4 of the first {stream_module.BLOCK_ROWS} rows" not in data.lines, "said of the usual block"
+    assert f"held out: 4 examples of the first {stream_module.BLOCK_ROWS} rows, sampled by --seed 0" in data.lines
     evaluated = load(tokenizer, name, eval_dataset_name=[name]).held_out
     assert len(evaluated) == 40
+
+
+def test_parts_of_a_split_text_are_held_out_by_number(tokenizer, tmp_path):  # noqa: F811
+    """Only the texts that the held-out parts come from are left out of training."""
+    texts = [f"({number})" * 100 for number in range(10, 30)]
+    name = test_sources.write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    data = load(tokenizer, name, eval_rows=5)
+    assert len(data.held_out) == 5
+    assert len(data.train.held_out) == 1
+    assert any(line.startswith("held out: 5 examples of the first") for line in data.lines)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
