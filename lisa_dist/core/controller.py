@@ -391,5 +391,5 @@ class LisaController:
             self._verify()
 
     def check_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """The settings in which a saved run differs from this one; raises UserError as `changed_settings` does."""
+        """Describe the settings that differ from a saved run's. Raises UserError as `changed_settings` does."""
         return changed_settings(state, self.config, len(self.blocks.layers), self.selection.weights)

@@ -29,9 +29,10 @@ FREE_SETTINGS = (
 def changed_settings(
     state: Mapping[str, Any], config: LisaConfig, num_layers: int, weights: list[float] | None
 ) -> list[str]:
-    """The settings in which a saved run (`LisaController.state_dict`) differs from this one, the free ones left out.
+    """Describe the settings in which a saved run (`LisaController.state_dict`) differs from this one.
 
-    Raises UserError when the state is of another model, or when settings differ in the middle of a period.
+    Each is a phrase such as "--lisa_seed 5 (it had 0)". The free settings are left out. Raises UserError when the state
+    is of another model, or when settings differ in the middle of a period.
     """
     if state["version"] != STATE_VERSION:
         raise UserError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")
@@ -51,15 +52,15 @@ def changed_settings(
         raise UserError(
             f"the LISA state is of a model with {len(state['visit_counts'])} decoder layers; this one has {num_layers}."
         )
-    changed = [name for name in current if name not in FREE_SETTINGS and current[name] != saved[name]]
+    names = [name for name in current if name not in FREE_SETTINGS and current[name] != saved[name]]
     if weights != state["weights"]:
-        changed.append("lisa_weights_file")  # the same file may have moved
+        names.append("lisa_weights_file")  # the same file may have moved
+    changed = [f"--{name} {current[name]} (it had {saved[name]})" for name in names]
     intervals = (saved["lisa_interval_steps"], config.lisa_interval_steps)
     if changed and any(step % interval for interval in intervals):
-        listed = ", ".join(f"--{name} {current[name]} (it had {saved[name]})" for name in changed)
         raise UserError(
-            f"the run saved at step {step} had other settings than {listed}: they can only change where a period "
-            f"begins, at a multiple of {math.lcm(*intervals)} steps. Give the settings it had, or resume from a "
+            f"the run saved at step {step} had other settings than {', '.join(changed)}: they can only change where a "
+            f"period begins, at a multiple of {math.lcm(*intervals)} steps. Give the settings it had, or resume from a "
             "checkpoint of such a step."
         )
     return changed

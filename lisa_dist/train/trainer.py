@@ -185,6 +185,7 @@ class LisaMixin(RunMixin):
             return
         resume.check_goes_on(self.args, folder, state, self._controller.rows_per_step)
         changed, factor = resume.compare_on_rank_0(folder, lambda: self._identity, self.args.ignore_data_skip)
+        changed += self._controller.check_state_dict(state["lisa"])
         check_pickles(folder, state["files"])
         for rates in state["learning_rates"].values():
             rates |= {name: rate * factor for name, rate in rates.items()}

@@ -138,7 +138,7 @@ def test_held_out_rows_are_not_trained_on(tokenizer, tmp_path):  # noqa: F811
     trained = [one for part in range(2) for one, _ in take_pass(data.train, part, 2, 1)]
     assert len(held_out) == 4
     assert Counter(questions(tokenizer, trained)) == {n: 2 for n in range(20) if n not in held_out}
-    assert f"held out: 4 examples of the first {stream_module.BLOCK_ROWS} rows, sampled by --seed 0" in data.lines
+    assert "held out: 4 examples of the first 10000 rows, sampled by --seed 0" in data.lines, "of the usual block"
     evaluated = load(tokenizer, name, eval_dataset_name=[name]).held_out
     assert len(evaluated) == 40
 

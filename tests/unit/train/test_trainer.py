@@ -576,9 +576,10 @@ def test_a_full_disk_is_named_by_all_ranks(small_disk):
 def resume_finished_and_changed(output_dir: str) -> None:
     """A finished run takes no step more; other settings at the end of a period keep the schedule."""
 
-    def trainer(gamma: int) -> Shuffled:
+    def trainer(gamma: int, seed: int = 0) -> Shuffled:
         changes = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 1}
-        return build_trainer(output_dir, changes=changes | {"lisa_activated_layers": gamma}, kind=Shuffled)
+        changes |= {"lisa_activated_layers": gamma, "lisa_seed": seed}
+        return build_trainer(output_dir, changes=changes, kind=Shuffled)
 
     first = trainer(2)
     first.train()
@@ -591,8 +592,11 @@ def resume_finished_and_changed(output_dir: str) -> None:
     for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
     for gamma in (3, 1):
-        changed = trainer(gamma)
-        changed.train(f"{output_dir}/checkpoint-3")
+        changed, said = trainer(gamma, seed=5), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            changed.train(f"{output_dir}/checkpoint-3")
+        line = f"not as its run had it: --lisa_activated_layers {gamma} (it had 2), --lisa_seed 5 (it had 0)\n"
+        assert (line in said.getvalue()) == (dist.get_rank() == 0)
         rates = [entry["learning_rate"] for entry in changed.state.log_history if "loss" in entry]
         assert rates == pytest.approx([cosine(step) for step in range(STEPS)])
         assert {group["lr"] for group in changed.lisa.engine.optimizer.param_groups} == {cosine(STEPS)}
