@@ -60,6 +60,7 @@ PLANNED_PARTS = (
     ("the optimizer, for a moment", ("step",)),
 )
 
+_LOGS = (LOG_NAME, STEPS_NAME, MOVEMENT_LOG, ANSWERS_NAME, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME)
 # Flags that say how a run begins, not what it is; and files by which a folder has a model.
 _OF_A_RESUME = ("--resume_from_checkpoint", "--overwrite_output_dir")
 _WEIGHTS = ("*.safetensors", "*model*.bin")
@@ -85,6 +86,16 @@ def check_overwrites(output_dir: str, resume: str | bool | None, is_asked_for: b
         f"--output_dir {output_dir}: has {found[0].name}, which this run would write over; give another folder, "
         f"{or_resume}or --overwrite_output_dir true."
     )
+
+
+def check_log_files(output_dir: Path) -> None:
+    """Raise UserError if a folder is in the place of a file that a run writes, or of its temporary file."""
+    for path in (output_dir / f"{prefix}{name}" for name in (RUN_NAME, *_LOGS) for prefix in ("", "tmp-")):
+        if path.is_dir() and not path.is_symlink():  # a link is replaced
+            raise UserError(
+                f"--output_dir {output_dir}: {path.name} is a folder, and the run writes a file of that name. Remove "
+                "it, or give another --output_dir."
+            )
 
 
 def goes_on(folder: Path, resume: str | bool | None) -> bool:
@@ -118,7 +129,7 @@ def write_run(folder: Path, run: dict, resumes: bool = False) -> None:
         resume |= {"before": {name: then[name] for name in other}} if other else {}
         run = run | kept | {"resumed": [*earlier, resume]}
     elif not resumes:
-        for name in (LOG_NAME, STEPS_NAME, MOVEMENT_LOG, ANSWERS_NAME, MEMORY_NAME, NORMS_NAME, TRAINER_STATE_NAME):
+        for name in _LOGS:
             (folder / name).unlink(missing_ok=True)
         for path in _checkpoints(folder):  # or --resume_from_checkpoint true might go on with one of them
             path.unlink() if path.is_symlink() else shutil.rmtree(path)

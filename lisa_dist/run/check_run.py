@@ -49,6 +49,7 @@ from lisa_dist.run_folder import (
     STATE_NAME,
     TRAINER_CHECKPOINT_NAME,
     TRAINER_STATE_NAME,
+    check_log_files,
     check_overwrites,
     check_state,
     check_trainer_checkpoint,
@@ -314,6 +315,7 @@ def check_resume(wanted: str | bool | None, output_dir: Path, method: str, overw
                 else:
                     _check_other(wanted, output_dir, method)
             check_overwrites(str(output_dir), wanted, overwrites)
+            check_log_files(output_dir)
         except OSError as error:  # a name that is too long, or a folder that may not be looked into
             raise UserError(f"--resume_from_checkpoint {wanted}: cannot be read ({error.strerror}).") from error
 

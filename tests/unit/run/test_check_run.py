@@ -492,6 +492,15 @@ def test_a_run_that_writes_over_another_one_leaves_none_of_its_checkpoints(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"lisa_run.json", "checkpoint-notes.txt", "checkpoint-4.tar"}
 
 
+@pytest.mark.parametrize("name", ["tmp-lisa_log.jsonl", "lisa_steps.jsonl", "lisa_run.json"])
+@pytest.mark.parametrize("wanted", [None, "auto"])
+def test_a_folder_in_the_place_of_a_log_is_refused(tmp_path, name, wanted):
+    """Rank 0 alone would meet it in a step, while the others wait for it."""
+    (tmp_path / name).mkdir()
+    said = f"--output_dir {tmp_path}: {name} is a folder, and the run writes a file of that name. Remove it, or give "
+    assert said in refused(check_resume, wanted, tmp_path, "lisa")
+
+
 def test_a_module_to_save_that_the_model_lacks(folder, tmp_path):
     """peft would train no copy of it, without a warning."""
     flags = flags_for(folder, tmp_path / "out", method="lora", lora_modules_to_save="embed_tokens,head_lm")
