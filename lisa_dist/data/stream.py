@@ -11,7 +11,7 @@ more, and nothing before it but what `datasets` cannot skip, the rows of a file 
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -30,6 +30,7 @@ from lisa_dist.data.formats import ExampleError, refuse_examples
 from lisa_dist.data.readers import ORIGIN, PROBLEM
 from lisa_dist.data.sources import Source
 from lisa_dist.errors import UserError
+from lisa_dist.files import read_json
 
 BLOCK_ROWS = 10_000  # that are shuffled together: the usual size of a buffer
 _BLOCK_CHARACTERS = 64 * 2**20  # or fewer rows, where they are long
@@ -251,6 +252,34 @@ class Stream:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], start
 
 
+def describe_parts(stream: Stream, ranks: int, workers: int, batch_size: int) -> dict[str, Any]:
+    """Describe what determines the rows that each loader worker reads, for a checkpoint."""
+    given = {"ranks": ranks, "workers": max(1, workers), "rows a batch": batch_size}
+    return given | {"data": stream.fingerprint()}
+
+
+def check_same_parts(state: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """Raise UserError if the run of a saved `StreamLoader.state_dict` read other parts, or other rows."""
+    if differing := [name for name, value in parts.items() if state["of"][name] != value]:
+        raise UserError(
+            f"--resume_from_checkpoint: its run streamed by other {', '.join(differing)}; give what it had, or "
+            "--ignore_data_skip true to begin the data anew."
+        )
+
+
+def read_stream_state(folder: str | Path, rank: int) -> dict[str, Any]:
+    """Return the state of a rank's loader in a checkpoint. Raises UserError if there is none."""
+    path = stream_path(folder, rank)
+    if not path.exists():
+        raise UserError(f"--resume_from_checkpoint: there is no {path}: its run had other ranks, or no stream.")
+    return read_json(path)
+
+
+def stream_path(folder: str | Path, rank: int) -> Path:
+    """Return the file of a rank's loader in a checkpoint."""
+    return Path(folder) / f"stream_{rank}.json"
+
+
 def digest(entry: dict[str, Any]) -> str:
     """Of what an example says, by which rows of one content are known."""
     return hashlib.sha256(json.dumps([entry["turns"], entry["tools"]]).encode()).hexdigest()[:32]
@@ -320,18 +349,11 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been taken, of values that JSON has."""
-        return {"of": self._of(), "turn": self._turn, "places": self._places}
-
-    def _of(self) -> dict[str, Any]:
-        given = {"ranks": self._ranks, "workers": self._workers, "rows a batch": self._batch_size}
-        return given | {"data": self.stream.fingerprint()}
+        of = describe_parts(self.stream, self._ranks, self._workers, self._batch_size)
+        return {"of": of, "turn": self._turn, "places": self._places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises UserError where other parts, or other rows, were read."""
-        if differing := [name for name, value in self._of().items() if state["of"][name] != value]:
-            raise UserError(
-                f"--resume_from_checkpoint: its run streamed by other {', '.join(differing)}; give what it had, or "
-                "--ignore_data_skip true to begin the data anew."
-            )
+        check_same_parts(state, describe_parts(self.stream, self._ranks, self._workers, self._batch_size))
         self._turn, self._places = state["turn"], state["places"]
         self.passes = self._passes_ended()

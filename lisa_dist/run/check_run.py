@@ -34,6 +34,8 @@ from lisa_dist.core.frozen_layers import check_experts
 from lisa_dist.core.layer_weights import load_layer_weights, split_columns
 from lisa_dist.core.selection import unit_budget
 from lisa_dist.core.weight_store import check_store
+from lisa_dist.data.dataset import Data
+from lisa_dist.data.stream import Stream, check_same_parts, describe_parts, read_stream_state
 from lisa_dist.distributed.collectives import sharing_errors
 from lisa_dist.ds_config import check_mismatches, given_ds_config
 from lisa_dist.errors import UserError
@@ -379,6 +381,29 @@ def _check_other(wanted: str | bool | None, output_dir: Path, method: str) -> No
                 f"{flag}: its run had {of_run} ranks, and this one has {ranks}. DeepSpeed's optimizer states load on "
                 f"the same number of ranks only. Start {of_run} ranks."
             )
+
+
+def check_stream(config: RunConfig, data: Data, wanted: str | bool | None, output_dir: Path) -> None:
+    """Raise UserError on all ranks for a checkpoint whose run read its stream in other parts.
+
+    All ranks call it, once the data are loaded and the arguments are settled: rank 0's view of the folders counts.
+    """
+    training: Any = config.training
+    method = config.run.method
+    if not isinstance(data.train, Stream) or wanted in (None, False) or training.ignore_data_skip:
+        return
+    with sharing_errors():
+        if os.environ.get("RANK", "0") != "0":
+            return
+        folder: Path | None = Path(str(wanted))
+        if wanted in (True, "auto"):
+            newest = _newest(output_dir)
+            folder = newest and newest[0] if method == "lisa" else newest_trainer_checkpoint(output_dir)
+        state_name = STATE_NAME if method == "lisa" else TRAINER_STATE_NAME
+        if folder is not None and (folder / state_name).is_file():  # else a run begins, from the weights in the folder
+            ranks = training.world_size // training.sequence_parallel
+            parts = ranks, training.dataloader_num_workers, training.train_batch_size
+            check_same_parts(read_stream_state(folder, 0), describe_parts(data.train, *parts))
 
 
 # Sizes in a model's configuration.

@@ -16,7 +16,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.files import naming_lost_files
 from lisa_dist.report.hub import meet_hub, naming_the_hub, without_examples
 from lisa_dist.run.arguments import RunConfig, run_parser
-from lisa_dist.run.check_run import check_config, check_resume
+from lisa_dist.run.check_run import check_config, check_resume, check_stream
 from lisa_dist.run.header import describe_outcome, describe_run, record_of_run
 from lisa_dist.run.inputs import load_examples, load_processing
 from lisa_dist.run.settle import installed_versions, settle
@@ -48,6 +48,7 @@ def run(config: RunConfig, argv: Sequence[str] = ()) -> Path | None:
     settled = settle(config, resume_from)
     data = load_examples(settled.config, processing, processor)
     _check_data(settled.config, data)
+    check_stream(settled.config, data, resume_from, output_dir)
     with one_run_in(output_dir):  # before the model is loaded, until it is saved
         trainer = load_trainer(settled, processing, data)
         with together(output_dir):

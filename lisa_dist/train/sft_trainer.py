@@ -1,6 +1,5 @@
 """TRL's SFTTrainer, trained by LISA or, for comparison, with the same parameters in every step."""
 
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import send_to_device
@@ -9,9 +8,9 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from lisa_dist.data.stream import Stream, StreamLoader
+from lisa_dist.data.stream import Stream, StreamLoader, read_stream_state, stream_path
 from lisa_dist.errors import UserError
-from lisa_dist.files import read_json, write_json
+from lisa_dist.files import write_json
 from lisa_dist.loss.label_logits import add_label_logits, check_loss, why_no_label_logits
 from lisa_dist.loss.liger import add_liger_loss
 from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
@@ -76,20 +75,14 @@ class _StreamTrainer(SFTTrainer):
         """The Trainer's, which would take all earlier batches once more when it resumes."""
         folder = kwargs["resume_from_checkpoint"]
         if self._stream_loader is not None and folder is not None and not self.args.ignore_data_skip:
-            path = self._stream_path(folder)
-            if not path.exists():
-                raise UserError(f"--resume_from_checkpoint: there is no {path}: its run had other ranks, or no stream.")
-            self._stream_loader.load_state_dict(read_json(path))
+            self._stream_loader.load_state_dict(read_stream_state(folder, self.args.process_index))
             kwargs["steps_trained_in_current_epoch"] = 0
         super()._run_epoch(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._stream_loader is not None:
-            write_json(self._stream_path(output_dir), self._stream_loader.state_dict())
-
-    def _stream_path(self, folder: str) -> Path:
-        return Path(folder) / f"stream_{self.args.process_index}.json"
+            write_json(stream_path(output_dir, self.args.process_index), self._stream_loader.state_dict())
 
 
 class _SFTMixin(MonitoredMixin):

@@ -39,7 +39,7 @@ def test_a_resumed_stream_has_the_bits_of_one_that_was_not_stopped(folder, tmp_p
 
 
 def test_a_stream_is_refused_where_it_cannot_go_on(folder, tmp_path):
-    """On other ranks, unless the data begin anew."""
+    """On other ranks, unless the data begin anew. It is refused before the model is loaded."""
     flags = flags_for(folder, tmp_path / "out", **STREAM, dataset_weights=1)
     status, said = run_alone(flags, tmp_path / "said.txt")
     assert status == 0, said
@@ -50,6 +50,12 @@ def test_a_stream_is_refused_where_it_cannot_go_on(folder, tmp_path):
     status, said = run_alone(flags, tmp_path / "said.txt")
     assert status == 2
     assert "its run streamed by other rows a batch; give what it had, or --ignore_data_skip true" in said
+    assert "first example" not in said, "the header, which comes once the model is loaded"
+    more_ranks = changes | {"per_device_train_batch_size": 2, "global_batch_size": 4}
+    said = on_two_ranks(flags_for(folder, tmp_path / "other", **STREAM | more_ranks), tmp_path, status=2)
+    assert "its run streamed by other ranks; give what it had" in said
+    assert "first example" not in said
+    assert (tmp_path / "1.txt").read_text() == "", "rank 0 says it for all"
     status, said = run_alone([*flags, "--ignore_data_skip", "true"], tmp_path / "said.txt")
     assert status == 0, said
     assert "the stream has ended, and begins again: pass 2" in said
