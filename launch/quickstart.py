@@ -14,6 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The recipe's sample prompts, which must not be in the training data.
+SAMPLE_PROMPTS = (
+    "In Python's textwrap module, what does dedent(text) do?",
+    "In Python's shutil module, what does copy(src, dst) do?",
+    "In Python's statistics module, what does multimode(data) do?",
+)
 
 
 def save_model(folder: Path) -> None:
@@ -63,6 +69,7 @@ def main() -> None:
         save_model(arguments.output_dir / "model")
     pairs = list(docstring_pairs(Path(sysconfig.get_paths()["stdlib"])))
     random.Random(0).shuffle(pairs)
+    pairs = [pair for pair in pairs if pair["prompt"] not in SAMPLE_PROMPTS]
     lines = "".join(json.dumps(pair) + "\n" for pair in pairs[: arguments.num_pairs])
     (arguments.output_dir / "pairs.jsonl").write_text(lines, encoding="utf-8")
     print(f"quickstart: {arguments.output_dir}/model and {min(len(pairs), arguments.num_pairs)} pairs are ready")

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from lisa_dist.commands import exit_on_error, writing
 from lisa_dist.commands.plan import HELP as HELP_OF_PLAN
 from lisa_dist.commands.plan import tell
@@ -30,6 +32,7 @@ HELP = {
     },
 }
 ARGUMENTS = (InitArguments, LisaConfig)
+_WITHOUT_GPU = "No GPU was found, so this is planned for one"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,6 +44,9 @@ def main(argv: Sequence[str]) -> None:
         if arguments.takes_minutes:
             tell(f"planning {arguments.tokens} tokens on each of {arguments.gpus} GPUs takes minutes")
         given = flags.given(argv)
+        if "gpu_memory" not in given:
+            for_what = "This is planned for a GPU" if torch.cuda.is_available() else _WITHOUT_GPU
+            tell(f"{for_what} with {arguments.gpu_memory}. Give --gpu_memory for another.")
         config = load_model_config(arguments.model)
         arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)
         chosen = first_that_fits(config, arguments, lisa_config, preset, tell=tell)

@@ -45,6 +45,17 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     assert "docs/clusters.md" in text, "16 GPUs are on two hosts"
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "said"), [(False, "No GPU was found, so this is planned for one"), (True, "This is planned for a GPU")]
+)
+def test_the_memory_that_is_assumed_is_said(tiny, capsys, monkeypatch, has_gpu, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    main(["--model", tiny])
+    assert f"{said} with 80GiB. Give --gpu_memory for another.\n" in capsys.readouterr().err
+    main(["--model", tiny, "--gpu_memory", "4GiB"])
+    assert "--gpu_memory" not in capsys.readouterr().err
+
+
 def test_a_recipe_of_another_task(tiny, tmp_path):
     path = tmp_path / "recipe.yaml"
     asked = ["--task", "dpo", "--precompute_ref_log_probs", "true", "--beta", "0.2"]
