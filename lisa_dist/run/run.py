@@ -101,7 +101,7 @@ def _finish(trainer: Any, output_dir: Path) -> Path | None:
             "command and --resume_from_checkpoint true"
         )
     else:
-        trainer.save_model(_internal_call=True)  # which does not push: a push may fail
+        trainer.final_save.save()
         trainer.save_state()  # losses of every logged step, in trainer_state.json
         trainer.accelerator.print(describe_outcome(trainer.state.log_history))
         trainer.accelerator.print(f"saved {output_dir}; load it with from_pretrained")

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
+from lisa_dist.files import warning_of_failure
 from lisa_dist.run_folder import ANSWERS_NAME
 from lisa_dist.train.run_mixin import RunMixin
 from lisa_dist.turns import as_taken, takes_parts
@@ -33,7 +34,8 @@ class SampleCallback(TrainerCallback):
             answer = self._answer(prompt)
             trainer.accelerator.print(f"\n{when} training, asked: {prompt}\nanswer: {answer}\n")
             if trainer.is_world_process_zero():
-                with Path(trainer.args.output_dir, ANSWERS_NAME).open("a", encoding="utf-8") as file:
+                path = Path(trainer.args.output_dir, ANSWERS_NAME)
+                with warning_of_failure(str(path)), path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
 
     def _answer(self, prompt: str) -> str:

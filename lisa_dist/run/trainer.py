@@ -25,7 +25,7 @@ from lisa_dist.run.task_configs import refused_upstream
 from lisa_dist.tasks import GRPO, KTO, REWARD, SFT
 from lisa_dist.text import in_one_line
 from lisa_dist.train.baseline import BaselineMixin
-from lisa_dist.train.callbacks import BestMetric
+from lisa_dist.train.callbacks import BestMetric, FinalSave
 from lisa_dist.train.compiled_layers import CompiledLayers
 from lisa_dist.train.layer_norms import LayerNorms
 from lisa_dist.train.sft_trainer import BaselineTrainer, LisaTrainer
@@ -125,6 +125,8 @@ def build_trainer(settled: Settled, processing: Processing, data: Data) -> Any:
         _keep_codes_for_training(trainer.model)
     if config.training.bf16 and config.training.use_cpu and not cpu_multiplies_bf16():
         multiply_in_fp32(trainer.model)
+    trainer.final_save = FinalSave(trainer)
+    trainer.add_callback(trainer.final_save)  # before those that write samples and norms
     if config.run.sample_prompt:
         trainer.add_callback(SampleCallback(trainer, config.run.sample_prompt))
     trainer.add_callback(BestMetric())

@@ -33,6 +33,27 @@ class LastLoss(TrainerCallback):
             control.should_log = True
 
 
+class FinalSave(TrainerCallback):
+    """Saves the model of a run that was not stopped, before later callbacks write what describes it.
+
+    With `load_best_model_at_end` the model is that of a checkpoint, and `save` is called once it is loaded.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer, self._is_saved = trainer, False
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save it. Collective."""
+        if self._trainer.stopped_by is None and not args.load_best_model_at_end:
+            self.save()
+
+    def save(self) -> None:
+        """Save it, unless it is saved. Nothing is pushed, as a push may fail. Collective."""
+        if not self._is_saved:
+            self._trainer.save_model(_internal_call=True)
+            self._is_saved = True
+
+
 class StepsLog(TrainerCallback):
     """Writes what the Trainer logs to a file of the output folder as it comes: the report reads it in a run."""
 

@@ -19,6 +19,7 @@ their dtype, and one more on the host for all of the run.
 Source: section 3.1 of Pan et al. (arXiv 2403.17919).
 """
 
+import contextlib
 import csv
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lisa_dist.core.blocks import Blocks, find_blocks
 from lisa_dist.distributed.collectives import together
 from lisa_dist.errors import UserError
-from lisa_dist.files import replacing
+from lisa_dist.files import SaveError, replacing, warning_of_failure
 from lisa_dist.run_folder import NORMS, NORMS_NAME, PRODUCT
 from lisa_dist.zero.gradients import NORM_CHUNK
 from lisa_dist.zero.parameters import is_partitioned, local_shard, parameter_shape
@@ -95,8 +96,9 @@ class LayerNorms(TrainerCallback):
         self._write(Path(str(args.output_dir)))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the norms, and let go of the weights."""
-        self._write(Path(str(args.output_dir)))
+        """Write the norms, and let go of the weights. Norms that cannot be written are a warning of rank 0."""
+        with warning_of_failure("norms") if state.is_world_process_zero else contextlib.suppress(SaveError):
+            self._write(Path(str(args.output_dir)))
         self._weights, self._factors, self._start = [], [], []
 
     def _changing(self) -> list[list[torch.Tensor]]:

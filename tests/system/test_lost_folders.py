@@ -48,6 +48,13 @@ def take_away(folder: str) -> None:
     os.rename(folder, f"{folder}-elsewhere")
 
 
+def plant(folder: str) -> None:
+    """Samples and norms cannot be written."""
+    Path(folder, "lisa_answers.jsonl").unlink()
+    Path(folder, "lisa_answers.jsonl").mkdir()
+    Path(folder, "tmp-lisa_norms.csv").mkdir()
+
+
 def give_back(folder: Path) -> None:
     """What was lost is there again."""
     (folder.parent / "filler").unlink(missing_ok=True)
@@ -109,3 +116,22 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_last_checkpoint(folder, who
     assert sorted(path.name for path in out.glob("*checkpoint-*")) == ["checkpoint-3"]
     run_well([*flags(folder, out), "--resume_from_checkpoint", "auto"], tmp_path)
     assert computed(out) == computed(whole)
+
+
+def test_samples_and_norms_that_cannot_be_written_cost_no_model(folder, tmp_path):
+    (tmp_path / "losing.py").write_text(SCRIPT.format(here=str(Path(__file__).parent)))
+    out, changes = tmp_path / "out", {"max_steps": 6, "eval_strategy": "no", "eval_on_start": False}
+    words = flags_for(folder, out, **changes, sample_prompt="1 + 1?", layer_norms=1)
+    status, said = run_alone([*words, "plant"], tmp_path / "said.txt", tmp_path / "losing.py")
+    assert status == 0, said
+    assert f"warning: {out}/lisa_answers.jsonl could not be written (" in said
+    assert "warning: norms could not be written (" in said
+    assert (out / "model.safetensors").is_file()
+
+
+def test_the_model_is_saved_before_samples_and_norms(folder, tmp_path):
+    """On a full disk they would take its place."""
+    out, changes = tmp_path / "out", {"max_steps": 2, "eval_strategy": "no", "eval_on_start": False}
+    run_well(flags_for(folder, out, **changes, sample_prompt="1 + 1?", layer_norms=1), tmp_path)
+    written = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert written["model.safetensors"] < min(written["lisa_answers.jsonl"], written["lisa_norms.csv"])
