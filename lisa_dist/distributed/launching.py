@@ -7,14 +7,17 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import psutil
 from deepspeed.accelerator import get_accelerator
 
 from lisa_dist.distributed.ranks import forget_rank_of_parent, free_port
+from lisa_dist.distributed.signals import INTERRUPT_FILE
 from lisa_dist.errors import UserError
 from lisa_dist.flags import take
 
@@ -48,11 +51,14 @@ def launch_if_asked(argv: Sequence[str], verb: str, check: Callable[[Sequence[st
     print(f"starting {number} ranks on {device}: each imports torch, DeepSpeed and transformers first", flush=True)
     environment = {name: value for name, value in os.environ.items() if name != _VISIBLE}
     environment[_LAUNCHER] = str(os.getpid())
-    # In a session of its own: an interrupt from the keyboard comes to the ranks once, through here.
-    child = subprocess.Popen([*launcher, *rest], start_new_session=True, env=environment)
-    for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(stop, lambda received, frame: _pass_on(child.pid, received))
-    status = child.wait()
+    with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:
+        interrupt_file = Path(folder, "interrupted")
+        environment[INTERRUPT_FILE] = str(interrupt_file)
+        # In a session of its own: an interrupt from the keyboard comes to the ranks once, through here.
+        child = subprocess.Popen([*launcher, *rest], start_new_session=True, env=environment)
+        for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(stop, lambda received, frame: _pass_on(child.pid, received, interrupt_file))
+        status = child.wait()
     if (number_of := 256 - status) < signal.NSIG:  # of a signal, of which a rank says nothing itself
         print(f"lisa-dist: a rank was ended by signal {number_of} ({signal.strsignal(number_of)})", flush=True)
     raise SystemExit(status)
@@ -108,11 +114,16 @@ def end_process() -> NoReturn:
     os._exit(0)
 
 
-def _pass_on(launcher: int, number: int) -> None:
-    """Send a signal to all ranks of a launcher, an interrupt as SIGTERM; while there are none, end the launcher."""
-    if number == signal.SIGINT:  # which would end a rank in a traceback before it trains
+def _pass_on(launcher: int, number: int, interrupt_file: Path) -> None:
+    """Send a signal to all ranks of a launcher. While there are none, end the launcher.
+
+    SIGINT would end a rank in a traceback before it trains. The ranks get a SIGTERM instead, and find the
+    `interrupt_file`, by which they know what it stands for.
+    """
+    if number == signal.SIGINT:
         number = signal.SIGTERM
-        print("Ctrl-C: sent to the ranks as SIGTERM; a rank that trains saves after its step and ends", flush=True)
+        interrupt_file.touch()
+        print("Ctrl-C: passed on to the ranks; a rank that trains saves after its step and ends", flush=True)
     below = psutil.Process(launcher).children(recursive=True)
     ranks = []
     for process in below:

@@ -21,6 +21,7 @@ from lisa_dist.distributed.ranks import gloo_group
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ONE_SIGNAL = 2.0  # seconds: launchers and schedulers both pass a signal on, so it may come twice
+INTERRUPT_FILE = "LISA_DIST_INTERRUPT_FILE"  # the variable of a file that is there once `--gpus` has received Ctrl-C
 _received: list[tuple[int, float]] = []  # the first signal and when it came
 _pipe: list[int] = []
 _forking = threading.local()  # .mask: the signals a thread that forks had blocked
@@ -106,7 +107,7 @@ def _listen(read_end: int) -> None:
         if signal.getsignal(number) is not _receive:
             continue
         if not _received:
-            _received.append((number, now))
+            _received.append((signal.SIGINT if _is_ctrl_c_of_launcher(number) else number, now))
             if number == signal.SIGINT:
                 print(
                     "Ctrl-C: the run saves after this step and ends; another one, some seconds later, ends it at once",
@@ -114,6 +115,12 @@ def _listen(read_end: int) -> None:
                 )
         elif now - _received[0][1] > _ONE_SIGNAL:
             os._exit(128 + number)  # asked again: at once
+
+
+def _is_ctrl_c_of_launcher(number: int) -> bool:
+    """Return whether a SIGTERM stands for a Ctrl-C that the process with `--gpus` has received."""
+    path = os.environ.get(INTERRUPT_FILE)
+    return number == signal.SIGTERM and path is not None and os.path.exists(path)
 
 
 @functools.cache

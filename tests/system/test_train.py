@@ -183,13 +183,14 @@ def launch_until(condition: Callable[[], bool], flags: list[str], folder: Path, 
 
 
 @pytest.mark.full
-def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_lisa_dist_train_saves_on_its_ranks(folder, tmp_path, number):
     flags = flags_for(folder, tmp_path / "out", max_steps=2000, eval_strategy="no", eval_on_start=False)
     run = launch_until(lambda: "step 3/2000" in (tmp_path / "said.txt").read_text(), flags, tmp_path)
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(number)
     assert run.wait(timeout=PATIENCE) == 0, (tmp_path / "said.txt").read_text()[-3000:]
     said = (tmp_path / "said.txt").read_text()
-    assert "SIGTERM: stopped after step" in said
+    assert f"{number.name}: stopped after step" in said
     assert not re.findall(r".*(?:INFO|WARN|Warn|deprecat|caution|Max_MA).*", said), "lines of other programs"
     assert len(list((tmp_path / "out").glob("checkpoint-*/lisa_state.json"))) == 1
     mask = os.umask(0)

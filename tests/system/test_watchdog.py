@@ -180,6 +180,21 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, number, vic
     assert said[0].startswith(f"{number.name} after step ")
 
 
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_sigterm_that_stands_for_ctrl_c_is_called_sigint(tmp_path, monkeypatch, is_interrupted):
+    """As the process that was given --gpus passes Ctrl-C on."""
+    monkeypatch.setenv("LISA_DIST_INTERRUPT_FILE", str(tmp_path / "interrupted"))
+    ranks = start("nothing", 1, tmp_path)
+    wait_for(tmp_path, 1, "now")
+    if is_interrupted:
+        (tmp_path / "interrupted").touch()
+    for rank in ranks:
+        os.kill(rank.process.pid, signal.SIGTERM)
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    said = (tmp_path / "0.out").read_text()
+    assert said.startswith("SIGINT after step " if is_interrupted else "SIGTERM after step ")
+
+
 def test_an_interrupt_of_the_command_line_is_a_signal_to_stop(tmp_path):
     ranks = start("command", 1, tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0]

@@ -114,15 +114,17 @@ def test_a_finished_process_ends_well_with_all_that_was_to_be_done(tmp_path):
     assert (ended.wait(), ended.said) == (0, "begun thread at exit ")
 
 
-def test_ctrl_c_says_which_signal_the_ranks_get(monkeypatch, capsys):
-    sent = []
+def test_ctrl_c_reaches_the_ranks_as_a_sigterm_that_they_know(monkeypatch, tmp_path, capsys):
+    sent, interrupted = [], tmp_path / "interrupted"
     rank = SimpleNamespace(cmdline=lambda: ["python", *launching._RANK], send_signal=sent.append)
     monkeypatch.setattr(launching.psutil, "Process", lambda _: SimpleNamespace(children=lambda recursive: [rank]))
-    launching._pass_on(0, signal.SIGUSR1)
+    launching._pass_on(0, signal.SIGUSR1, interrupted)
     assert capsys.readouterr().out == ""
-    launching._pass_on(0, signal.SIGINT)
+    assert not interrupted.exists()
+    launching._pass_on(0, signal.SIGINT, interrupted)
     assert sent == [signal.SIGUSR1, signal.SIGTERM]
-    assert "Ctrl-C: sent to the ranks as SIGTERM" in capsys.readouterr().out
+    assert interrupted.exists()
+    assert "Ctrl-C: passed on to the ranks; a rank that trains saves" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch" / "slurm").glob("*.sbatch")), ids=lambda path: path.stem)
