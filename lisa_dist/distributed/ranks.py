@@ -13,12 +13,13 @@ import itertools
 import os
 import re
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 
 import deepspeed
 import psutil
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from lisa_dist.errors import UserError
 
@@ -93,6 +94,20 @@ def join_ranks() -> None:
         set_rank()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has built an operator
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=of_mpi)
+
+
+def leave_ranks(destroy: Callable[[], object], patience: timedelta = timedelta(minutes=1)) -> None:
+    """Destroy the process group by `destroy`. Rank 0 returns last, or after `patience`. Collective.
+
+    Rank 0 hosts the store in which the ranks have met. If its process ended first, a rank that is slower would print a
+    warning with a stack of C++.
+    """
+    store, rank, world_size = _get_default_store(), dist.get_rank(), dist.get_world_size()
+    destroy()
+    store.set(f"lisa_dist/left/{rank}", "")
+    if rank == 0 and world_size > 1:
+        with contextlib.suppress(dist.DistError):  # a rank has died, and has said so
+            store.wait([f"lisa_dist/left/{other}" for other in range(world_size)], patience)
 
 
 def forget_rank_of_parent(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -83,6 +83,8 @@ class Watchdog:
         self._steps_ended = False
         self._failure: str | None = None
         self._done = threading.Event()
+        self._store: dist.TCPStore | None = None  # kept until no rank asks it: with rank 0's object its server ends
+        self._exchanging: threading.Thread | None = None
         # Rank 0's last summary, and when it was another; what the store's thread writes and the other reads.
         self._summary = _NOBODY
         self._answered_at = 0.0
@@ -98,17 +100,22 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._on:
-            store = self._connect()
+            self._store = self._connect()
             self._answered_at = time.monotonic()
             self.beat()
-            for target, args in ((self._exchange, (store,)), (self._watch, ())):
-                threading.Thread(target=target, args=args, name="lisa_dist watchdog", daemon=True).start()
+            threads = [
+                threading.Thread(target=target, args=args, name="lisa_dist watchdog", daemon=True)
+                for target, args in ((self._exchange, (self._store,)), (self._watch, ()))
+            ]
+            self._exchanging = threads[0]
+            for thread in threads:
+                thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._on:
+        if self._exchanging is None:  # it is off
             return
         if error is not None:
             self._fail(error)
@@ -119,7 +126,9 @@ class Watchdog:
             self._fail(lost)
             raise
         self._done.set()
+        self._exchanging.join(self._silence)  # a request may be on its way
         dist.barrier()  # nobody needs rank 0's store any more
+        self._store = None
 
     def _fail(self, error: BaseException) -> None:
         """The main thread has raised: tell the others, and say which rank is behind it, if another one is."""

@@ -10,6 +10,7 @@ from transformers import IntervalStrategy
 from lisa_dist.data.dataset import Data, describe_examples
 from lisa_dist.distributed.collectives import sharing_errors, together
 from lisa_dist.distributed.health import check_same_everywhere
+from lisa_dist.distributed.ranks import leave_ranks
 from lisa_dist.distributed.run_lock import one_run_in
 from lisa_dist.ds_config import check_mismatches
 from lisa_dist.errors import UserError
@@ -113,5 +114,5 @@ def _finish(trainer: Any, output_dir: Path) -> Path | None:
     # Ranks that simply exit tear down gloo under each other's feet.
     dist.barrier()
     writes_report = trainer.is_world_process_zero() and trainer.stopped_by is None
-    trainer.accelerator.end_training()
+    leave_ranks(trainer.accelerator.end_training)
     return output_dir if writes_report else None

@@ -29,10 +29,17 @@ def rank_main(how: str, victim: int) -> None:
     hang_timeout = {"off": 0, "twice": 60, "stop late": 10, "at end": 60}.get(how, 3)
     if how == "stall" and mine:
         hang_timeout = 60  # else it may end first, and is named for that
+    if how == "slow store" and mine:
+        ask = dist.TCPStore.set
+        dist.TCPStore.set = lambda *given: (time.sleep(2), ask(*given))
     if how in ("command", "twice"):
         stop_signals.catch_stop_signals()
     with stop_signals.StopSignals() as stop, Watchdog(hang_timeout) as watchdog:
         for step in range(40):
+            if how == "slow store" and mine and step == 5:
+                time.sleep(1.5)  # a sign of life is on its way when the block ends
+            if how == "slow store" and step == 6:
+                break
             if how == "nothing":  # in a script or a notebook Ctrl-C is an exception, as ever
                 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
             watchdog.beat()
@@ -85,6 +92,8 @@ def rank_main(how: str, victim: int) -> None:
         if how == "at end" and mine:
             time.sleep(2)  # for the other rank to wait at the end of the block
             os.kill(os.getpid(), signal.SIGKILL)
+    if how == "slow store" and mine:
+        time.sleep(2.5)  # for a request that is on its way
     dist.barrier()
     dist.destroy_process_group()
     print("ended", flush=True)
@@ -193,6 +202,44 @@ def test_a_sigterm_that_stands_for_ctrl_c_is_called_sigint(tmp_path, monkeypatch
     assert [rank.wait() for rank in ranks] == [0, 0]
     said = (tmp_path / "0.out").read_text()
     assert said.startswith("SIGINT after step " if is_interrupted else "SIGTERM after step ")
+
+
+def test_no_rank_asks_a_store_that_is_gone(tmp_path):
+    """Its warning would have a stack of C++."""
+    ranks = start("slow store", 1, tmp_path)
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    assert "TCPStore" not in (tmp_path / "1.err").read_text()
+
+
+LEAVE = """
+import sys, time
+from torch import distributed as dist
+from lisa_dist.distributed.ranks import leave_ranks
+
+dist.init_process_group("gloo")
+rank, said = dist.get_rank(), sys.argv[1]
+
+
+def destroy():
+    if rank == 1:
+        time.sleep(2)
+        open(said, "w").close()
+    dist.destroy_process_group()
+
+
+leave_ranks(destroy)
+assert rank == 1 or __import__("os").path.exists(said)
+"""
+
+
+def test_rank_0_leaves_last(tmp_path):
+    from runs import Alone
+
+    (tmp_path / "leave.py").write_text(LEAVE)
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words, script = [str(tmp_path / "left")], tmp_path / "leave.py"
+    ranks = [Alone(words, tmp_path / f"{rank}.txt", script, RANK=str(rank), **meet) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
 
 
 def test_an_interrupt_of_the_command_line_is_a_signal_to_stop(tmp_path):
