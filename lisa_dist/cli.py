@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib.metadata
+import logging
 import os
 import sys
 import warnings
@@ -104,10 +105,20 @@ def run_verb(verb: str, argv: Sequence[str]) -> None:
         # A rank's flags were looked at before it was started, and check takes any flag of a run.
         if "RANK" not in os.environ and (asks or verb != "check"):
             _look_at(verb, argv)
-    use_expandable_segments()  # what the next line imports begins CUDA
+    use_expandable_segments()  # what is imported next initializes CUDA
+    _ignore_missing_cpu_kernels()
     module = import_verb(verb)
     with _printed() if asks else contextlib.nullcontext():
         module.main(argv)
+
+
+def _ignore_missing_cpu_kernels() -> None:
+    """Silence two warnings of bitsandbytes, which looks on the hub for a CPU kernel when it is imported.
+
+    Without a network it warns in every process, although it has code of its own for the same product.
+    """
+    for name in ("kernels._internals.hf_hub", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _look_at(verb: str, argv: Sequence[str]) -> None:

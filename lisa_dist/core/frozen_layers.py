@@ -14,7 +14,7 @@ from its original.
 import contextlib
 import functools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -131,6 +131,10 @@ class FrozenLayers:
     ):
         found = quantizable_matrices(model, [layer.parameters for layer in blocks.layers])
         self._check(model, [matrix for layer in found for matrix in layer.values()], form, device)
+        if getattr(model, "use_kernels", False):
+            # transformers loads models with kernels of the hub by default. These kernels replace the forward pass of
+            # whole modules and read the weights by themselves, past the codes.
+            cast(Any, model).set_use_kernels(False)
         self._layers = [  # the gate of a mixture's experts may be in fp32, and stays as it is
             {name: one for name, one in layer.items() if one.parameter.element_size() == 2} for layer in found
         ]

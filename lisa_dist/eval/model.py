@@ -28,7 +28,8 @@ def load_model(
     if architecture.endswith("ForSequenceClassification") or adapter.get("task_type") == "SEQ_CLS":
         raise UserError(f"{name}: a reward model, which scores texts and writes none; give a model that writes them.")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        # Kernels of the hub would make scores depend on whether the package `kernels` is installed.
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_kernels=False)
         tokenizer = AutoTokenizer.from_pretrained(name if (Path(name) / "tokenizer_config.json").is_file() else base)
     except pickle.UnpicklingError as error:
         raise UserError(

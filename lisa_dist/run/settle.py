@@ -153,6 +153,10 @@ def _set_for_trl(config: RunConfig, attention: str) -> None:
         "attn_implementation": attention,
         "dtype": config.model.dtype or _DTYPES[precision_of_arguments(training)],
     } | given
+    if "kernel_config" not in given:
+        # transformers would exchange modules for kernels of the hub wherever the package `kernels` is installed. They
+        # cannot be traced by torch.compile, and they would make the results depend on what else is installed.
+        loads_by.setdefault("use_kernels", False)
     if config.model.load_in_4bit:
         model_args: Any = copy.copy(config.model)
         model_args.dtype = loads_by["dtype"]  # products are computed in it

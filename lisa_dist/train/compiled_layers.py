@@ -42,6 +42,10 @@ def compile_layers(layers: Iterable[nn.Module], backend: str, mode: str | None) 
     """
     config = torch._dynamo.config
     config.cache_size_limit = max(_MAX_GRAPHS, config.cache_size_limit)  # as torch 2.6 calls it, and later ones too
+    # Where the package `kernels` is installed, it sets a context variable around each layer's forward pass. torch
+    # refuses to trace that in a checkpointed layer, and would run the layer without compilation.
+    if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for layer in layers:
         layer.compile(backend=backend, mode=mode, dynamic=True)
         call = partial(_call, layer, layer._compiled_call_impl)

@@ -111,7 +111,7 @@ def look_at_blocks(kind: str, stride: int) -> None:
             try:
                 blocks = find_blocks(model)
             except UserError as error:
-                outcomes["refused"] += 1
+                outcomes["encoder-decoder" if "is an encoder-decoder" in str(error) else "refused"] += 1
                 if "\n" in str(error):
                     wrong[model_type] = [f"refused in more than a line: {error}"]
                 continue
@@ -120,6 +120,7 @@ def look_at_blocks(kind: str, stride: int) -> None:
                 wrong[model_type] = said
     print(kind, dict(outcomes))
     assert wrong == {}
+    # Encoder-decoders cannot be trained; how many of them a slice has depends on the release of transformers.
     assert outcomes["found"] > 0.75 * outcomes.total()
     assert outcomes["refused"] < 0.1 * outcomes.total()
 

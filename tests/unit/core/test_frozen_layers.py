@@ -354,6 +354,14 @@ def test_a_model_that_is_held_can_be_trained_by_no_other():
         model(token_batches(1, rows=1)[0, 0])
 
 
+def test_kernels_of_the_hub_are_switched_off():
+    pytest.importorskip("kernels", reason="transformers needs it from 5.25 on")
+    model = bf16_llama()
+    model.set_use_kernels(True)
+    frozen_layers(model, active=(0,))
+    assert not model.use_kernels
+
+
 def no_kernel(*args, **kwargs):
     raise RuntimeError("no kernel\nfor this device")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -41,10 +42,19 @@ def files(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory) -> Iterator[str]:
+def judge_model(tiny, tmp_path_factory) -> str:
+    """A tiny model that takes the longest prompt of a judge, 2,055 of its tokens."""
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("judge") / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def server(judge_model, tmp_path_factory) -> Iterator[str]:
     """`transformers serve` of a tiny model, as a user starts it."""
     said, port = tmp_path_factory.mktemp("server") / "said.txt", free_port()
-    command = [str(BIN / "transformers"), "serve", str(tiny), "--device", "cpu", "--port", str(port)]
+    command = [str(BIN / "transformers"), "serve", judge_model, "--device", "cpu", "--port", str(port)]
     with said.open("w") as output:
         process = subprocess.Popen(command, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT)
     for _ in range(9000):
@@ -121,10 +131,10 @@ def answer(bench: MTBench, tiny: str, folder: Path, batch_size: int = 8, change=
 
 
 @pytest.mark.full
-def test_answers_and_verdicts_end_to_end(tiny, server, data_dir, tmp_path, capsys):
+def test_answers_and_verdicts_end_to_end(tiny, judge_model, server, data_dir, tmp_path, capsys):
     """Eight real questions, one of each category; a tiny model answers, and judges, without sense, by a real server."""
     words = [str(tiny), "--tasks", "mt_bench", "--data_dir", str(data_dir), "--limit", "8", "--max_new_tokens", "8"]
-    words += ["--judge_url", server, "--judge_model", str(tiny), "--judge_max_tokens", "8"]
+    words += ["--judge_url", server, "--judge_model", judge_model, "--judge_max_tokens", "8"]
     eval_command.main([*words, "--output", str(tmp_path)])
     assert "mt_bench: 8 answers made, 0 were saved already" in capsys.readouterr().out
     answers = lines_of(tmp_path / "mt_bench" / "model_answer" / "model.jsonl")
@@ -137,7 +147,7 @@ def test_answers_and_verdicts_end_to_end(tiny, server, data_dir, tmp_path, capsy
     assert [list(line) for line in verdicts] == [fields] * 16
     assert all(line["judgment"] for line in verdicts)
     written = json.loads((tmp_path / "results.json").read_text())["tasks"]["mt_bench"]
-    assert (written["items"], written["judge"]) == (8, str(tiny))
+    assert (written["items"], written["judge"]) == (8, judge_model)
     asked = {(line["question_id"], line["turn"]): (line["judge"][1], line["user_prompt"]) for line in verdicts}
     names = [asked[number, 1][0].removeprefix("single-") for number in (81, 101, 111, 121, 131)]
     assert names == ["v1", "math-v1", "math-v1", "math-v1", "v1"]

@@ -210,6 +210,15 @@ def test_weights_are_shared_by_a_host_s_ranks_and_planned_so(folder, tmp_path, m
     assert settled.config.training.hf_deepspeed_config.config["zero_optimization"]["zero_hpz_partition_size"] == filled
 
 
+@pytest.mark.parametrize(
+    ("given", "use_kernels"), [(None, False), ('{"use_kernels":true}', True), ('{"kernel_config":{}}', None)]
+)
+def test_modules_are_exchanged_for_kernels_of_the_hub_only_where_asked(folder, given, use_kernels):
+    words = [] if given is None else ["--model_init_kwargs", given]
+    settled = settle(parse_arguments([*flags_for(folder, folder / "out"), *words]), None)
+    assert settled.config.training.model_init_kwargs.get("use_kernels") is use_kernels
+
+
 def test_a_model_that_is_stored_in_mxfp4_is_loaded_in_16_bits(folder, tmp_path, monkeypatch):
     """As gpt-oss is on the hub: two numbers a byte, with an exponent for each 32."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
