@@ -5,17 +5,18 @@ Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
 """
 
 import functools
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
 from lisa_dist.config_rules import (
     ADAPTERS,
     ADAPTERS_RATE,
+    AUTO_LAYERS,
     EMBED_RATE,
+    ENDS_RATE,
     FACTORED,
     OPTIMIZED_BLOCKS,
     OUTER_BLOCKS,
-    PLANNED_LAYERS,
     Form,
     StateBits,
     check_adapters,
@@ -31,39 +32,51 @@ from lisa_dist.config_rules import (
 )
 from lisa_dist.definitions import setting
 from lisa_dist.errors import UserError
-from lisa_dist.removed import refuse_removed, renamed
+from lisa_dist.presets import NONE, PRESET_HELP, with_preset
+from lisa_dist.removed import refuse_removed
 from lisa_dist.text import format_by_block, parse_blocks, parse_by_block
 
 Config = TypeVar("Config")
 
 
-def refusing_removed(dataclass_type: type[Config]) -> type[Config]:
-    """The dataclass, whose constructor answers names and values of earlier releases; copies and pickles do not."""
+def taking_presets(dataclass_type: type[Config]) -> type[Config]:
+    """Give a dataclass a constructor that fills in its preset, and that refuses settings of earlier releases.
+
+    Copies and pickles do not call the constructor, and `dataclasses.replace` gives it every setting.
+    """
     build = dataclass_type.__init__
+    names = [one.name for one in fields(dataclass_type)]  # type: ignore[arg-type]
 
     @functools.wraps(build)
-    def refuse_or_build(self: Config, *args: Any, **settings: Any) -> None:
-        refuse_removed(settings)
-        build(self, *args, **settings)
+    def fill_and_build(self: Config, *args: Any, **settings: Any) -> None:
+        given = dict(zip(names, args, strict=False)) | settings
+        refuse_removed(given)
+        build(self, **with_preset(given))
 
-    dataclass_type.__init__ = refuse_or_build  # type: ignore[method-assign, assignment]
+    dataclass_type.__init__ = fill_and_build  # type: ignore[method-assign, assignment]
     return dataclass_type
 
 
-@refusing_removed
+@taking_presets
 @dataclass
 class LisaConfig:
     """What LISA trains, for how long, and what happens to the optimizer states.
+
+    Without a setting of the sampling, the preset is "adapters": LoRA adapters of rank 32 train together with the
+    embedding and the head, and no layer is sampled. The optimizer is not part of it: `lisa-dist train` combines this
+    preset with lisa_adamw and small states, and in Python `optim`, `lisa_state_bits` and `lisa_master` ask for them.
+    The defaults below are those of the preset "none".
 
     Raises ValueError, naming the flag, the value and the rule, for every setting that cannot work. What depends on
     the model (more layers than it has, tied matrices) is checked when the model is known.
     """
 
+    only_given: ClassVar[bool] = True  # the constructor needs to know which settings the user gave
+
     lisa_activated_layers: int = setting(
         2,
         "Decoder layers that train in each period (gamma in the paper); 0 for always-trained blocks alone; "
-        "auto for as many as --gpu_memory is enough for; lora_memory for as many as fit in the memory "
-        "of a LoRA run with rank 16 plus a tenth, two at least and half of the model's at most.",
+        "auto for as many as --gpu_memory is enough for.",
     )
     lisa_unit: str = setting(
         "layer",
@@ -99,7 +112,7 @@ class LisaConfig:
         "",
         "Multiplies the learning rate by block, such as embed=0.5,head=0.5,layers=1; by default by 1. Beside "
         f"adapters of rank r embed and head have {EMBED_RATE:g}, and adapters {ADAPTERS_RATE:g}, or 64 / sqrt(r) above "
-        "rank 16.",
+        f"rank 16; if no layer is sampled, embed and head have {ENDS_RATE:g}.",
     )
     lisa_always_on: str = setting(
         "embed,head,rest",
@@ -155,14 +168,14 @@ class LisaConfig:
     lisa_debug: bool = setting(
         False, "Check at every switch that inactive weights did not change and that all ranks agree."
     )
+    lisa_preset: str | None = setting(None, PRESET_HELP)
 
     def __post_init__(self) -> None:
         self.lisa_frozen_bits = str(self.lisa_frozen_bits)
-        self.lisa_activated_layers = renamed("lisa_activated_layers", self.lisa_activated_layers)
         check_choices(self)
         check_periods(self)
-        check_units(self)
         check_adapters(self)
+        check_units(self)
         check_states(self)
         # One way of writing each, so that a resumed run with another is no other run.
         self.lisa_frozen = ",".join(self.frozen)
@@ -177,6 +190,16 @@ class LisaConfig:
         check_blocks(self)
         check_lr_scales(self)
         check_state_bits(self)
+
+    @classmethod
+    def plain(cls, **settings: Any) -> "LisaConfig":
+        """Return the settings with the default of each one that is not given, without a preset."""
+        return cls(**settings, lisa_preset=NONE)
+
+    @property
+    def samples(self) -> bool:
+        """Whether decoder layers or their modules are sampled."""
+        return self.lisa_activated_layers != 0
 
     @property
     def by_module(self) -> bool:
@@ -212,7 +235,7 @@ class LisaConfig:
     @property
     def lr_scales(self) -> dict[str, float]:
         """What the learning rate of blocks is multiplied by, where that is not 1."""
-        return scales_beside(self.lisa_adapters, self.frozen) | self.given_scales
+        return scales_beside(self.lisa_adapters, self.frozen, self.samples) | self.given_scales
 
     @property
     def given_scales(self) -> dict[str, float]:
@@ -257,10 +280,9 @@ class LisaConfig:
         """Raise when a model of so many decoder layers has too few to sample from."""
         if self.by_module:
             return
-        if self.lisa_activated_layers in PLANNED_LAYERS:
+        if self.lisa_activated_layers == AUTO_LAYERS:
             raise UserError(
-                f"--lisa_activated_layers {self.lisa_activated_layers}: lisa-dist train and lisa-dist plan make a "
-                "number of it; give one here."
+                "--lisa_activated_layers auto: lisa-dist train and lisa-dist plan choose the number; give one here."
             )
         if self.lisa_activated_layers > num_layers:
             raise UserError(

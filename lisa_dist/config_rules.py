@@ -17,12 +17,11 @@ MASTERS = ("fp32", "bf16_sr")
 FROZEN_BITS = ("16", "8", "4", "fp8")
 Form = int | str  # of frozen weights: their bits, or "fp8"
 AUTO_LAYERS: Any = "auto"  # in the place of a number of layers, until one is planned
-LORA_LAYERS: Any = "lora_memory"  # as many as fit in the memory of LoRA, until they are planned
-PLANNED_LAYERS = (AUTO_LAYERS, LORA_LAYERS)
 OUTER_BLOCKS = ("embed", "head", "rest")
 ADAPTERS = "adapters"  # the block of --lisa_adapters
 OPTIMIZED_BLOCKS = (*OUTER_BLOCKS, ADAPTERS, "layers")  # that learning rates and states are given by
-EMBED_RATE, ADAPTERS_RATE = 2.0, 16.0  # with adapters: learning rates in units of the layers', where none are given
+EMBED_RATE, ADAPTERS_RATE = 2.0, 16.0  # beside sampled layers: learning rates in units of the layers'
+ENDS_RATE = 0.1  # of embedding and head where no layer is sampled: in units of the adapters'
 FACTORED = "factored"  # in the place of bits: a second moment by row and column, and no first one
 StateBits = int | str
 
@@ -41,10 +40,8 @@ def check_choices(config: Any) -> None:
 
 def check_periods(config: Any) -> None:
     given = config.lisa_activated_layers
-    if given not in PLANNED_LAYERS and not (isinstance(given, int) and given >= 0):
-        raise UserError(
-            f"--lisa_activated_layers {given}: give a number of decoder layers, 0 or more, auto or lora_memory."
-        )
+    if given != AUTO_LAYERS and not (isinstance(given, int) and given >= 0):
+        raise UserError(f"--lisa_activated_layers {given}: give a number of decoder layers, 0 or more, or auto.")
     interval = config.lisa_interval_steps
     if not (isinstance(interval, int) and interval >= 1):
         raise UserError(f"--lisa_interval_steps {interval}: a period lasts at least 1 optimizer step.")
@@ -150,12 +147,16 @@ def check_blocks(config: Any) -> None:
             raise UserError(f"{flag}: a probability is above 0 and at most 1; {block} has {probability:g}.")
 
 
-def scales_beside(rank: int | None, frozen: Collection[str]) -> dict[str, float]:
-    """What learning rates are multiplied by where adapters of a rank train; of larger ranks as its root falls."""
+def scales_beside(rank: int | None, frozen: Collection[str], samples: bool) -> dict[str, float]:
+    """Return what learning rates are multiplied by where adapters of a rank train.
+
+    Beside sampled layers the rate is that of the layers, and that of adapters falls with the root of their rank.
+    Otherwise the rate is that of the adapters.
+    """
     if rank is None:
         return {}
-    of_embed = {block: EMBED_RATE for block in ("embed", "head") if block not in frozen}
-    return of_embed | {ADAPTERS: ADAPTERS_RATE * min(1.0, (16 / rank) ** 0.5)}
+    of_ends = {block: EMBED_RATE if samples else ENDS_RATE for block in ("embed", "head") if block not in frozen}
+    return of_ends | ({ADAPTERS: ADAPTERS_RATE * min(1.0, (16 / rank) ** 0.5)} if samples else {})
 
 
 def check_load_in_4bit(method: str, stage: int) -> None:

@@ -17,10 +17,10 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from lisa_dist.config_rules import PLANNED_LAYERS
+from lisa_dist.config_rules import AUTO_LAYERS
 from lisa_dist.errors import UserError
 from lisa_dist.files import read_yaml
-from lisa_dist.presets import LORA_MEMORY, PRESETS
+from lisa_dist.presets import ADAPTERS, OPTIMIZERS, PRESETS
 from lisa_dist.removed import refuse_removed_flags, without_removed
 from lisa_dist.tasks import OF_SFT, SFT, check_task
 from lisa_dist.text import in_one_line
@@ -52,7 +52,7 @@ _NAMES_ELSEWHERE = {
 }
 _ELSEWHERE = {theirs: ours for ours, names in _NAMES_ELSEWHERE.items() for theirs in names}
 # Flags whose value is a number or one of these words; LisaConfig refuses the last.
-_NUMBER_OR_WORD = {"lisa_activated_layers": PLANNED_LAYERS, "lisa_interval_steps": ("auto",)}
+_NUMBER_OR_WORD = {"lisa_activated_layers": (AUTO_LAYERS, "lora"), "lisa_interval_steps": ("auto",)}
 _SCALARS = (str, int, float)  # bool is an int
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -116,7 +116,7 @@ class FlagParser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         """The flags of the groups, a line each: name, default, what it is."""
         actions = {action.dest: action for action in self._actions}
-        by_preset = PRESETS[LORA_MEMORY] if "lisa_preset" in actions else {}
+        by_preset = PRESETS[ADAPTERS] | OPTIMIZERS[ADAPTERS] if "lisa_preset" in actions else {}
         lines = [f"usage: {self.usage}"]
         for heading, flags in self.groups.items():
             lines += ["", heading]
@@ -200,9 +200,16 @@ class FlagParser(argparse.ArgumentParser):
         """The dataclasses that words and a recipe make, whose `env` is set. Raises UserError, by TRL's rules too."""
         words, _ = self.check(argv)
         os.environ.update(self.env)
-        values = vars(self.parse_args(words))
+        values, given = vars(self.parse_args(words)), self.given(argv).keys()
+        taken = [
+            [name for name in _names(one) if name in given or not getattr(one, "only_given", False)]
+            for one in self.dataclass_types
+        ]
         try:
-            return [one(**{name: values[name] for name in _names(one)}) for one in self.dataclass_types]
+            return [
+                one(**{name: values[name] for name in names})
+                for one, names in zip(self.dataclass_types, taken, strict=True)
+            ]
         except (ValueError, ImportError) as error:  # ours too, whose values may have line breaks
             raise UserError(in_one_line(error)) from error
 

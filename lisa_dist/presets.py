@@ -1,26 +1,22 @@
 """Settings that go together, by one name: `--lisa_preset`."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from lisa_dist.config_rules import LORA_LAYERS
-from lisa_dist.ds_config import cuts_weights, uses_optimizer_offload
+from lisa_dist.ds_config import uses_optimizer_offload
 from lisa_dist.errors import UserError
-from lisa_dist.tasks import GRPO
+from lisa_dist.removed import refuse_removed
 
 # What needs least of the device, and loses nothing that was measured (benchmarks/REPORT.md); for --optim lisa_adamw.
 SMALL_MOMENTS = {"lisa_state_bits": "embed=factored,head=factored,layers=8"}
 SMALL_STATES = SMALL_MOMENTS | {"lisa_master": "bf16_sr"}  # of weights in bf16
-_PLANNED: dict[str, Any] = {"optim": "lisa_adamw", "lisa_activated_layers": LORA_LAYERS} | SMALL_STATES
-LORA_MEMORY, ADAPTERS, PAPER, NONE = "lora_memory", "adapters", "paper", "none"
-SMALL = (LORA_MEMORY, ADAPTERS)  # with small states, and as many layers as fit in LoRA's memory
+ADAPTERS, PAPER, NONE = "adapters", "paper", "none"
+# What each preset sets in a LisaConfig.
 PRESETS: dict[str, dict[str, Any]] = {
-    LORA_MEMORY: _PLANNED,
-    # Where few layers fit: near full training on text that is new to a model and on text that is not.
-    ADAPTERS: _PLANNED | {"lisa_adapters": 32, "lisa_frozen_bits": "8", "lisa_state_bits": "embed=8,head=8,layers=8"},
+    # The default, which benchmarks/quality/RULE.md has chosen.
+    ADAPTERS: {"lisa_activated_layers": 0, "lisa_adapters": 32},
     # Algorithm 1 and the settings of the runs of Pan et al. (arXiv 2403.17919): every state starts afresh in a period.
     PAPER: {
-        "optim": "adamw_torch_fused",
         "lisa_activated_layers": 2,
         "lisa_interval_steps": 20,
         "lisa_sampler": "uniform",
@@ -29,20 +25,49 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     NONE: {},
 }
+# The optimizer of each preset, and its states.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    ADAPTERS: {"optim": "lisa_adamw"} | SMALL_STATES,
+    PAPER: {"optim": "adamw_torch_fused"},
+    NONE: {},
+}
 PRESET_HELP = (
-    "A group of settings: lora_memory (LISA with as many layers as fit in the memory of a LoRA run plus a tenth, at "
-    "most half of them, lisa_adamw with small states), adapters (the same with LoRA adapters, and frozen layers in 8 "
-    "bits), paper (2 layers, 20 steps, AdamW with 32-bit states that are reset in each period) or none."
+    "A group of settings: adapters (LoRA adapters of rank 32 on all decoder layers train together with the embedding "
+    "and the head, and no layer is sampled; by lisa_adamw with small states), paper (2 layers, 20 steps, AdamW with "
+    "32-bit states that are reset in each period) or none. By default adapters, or none if a setting of the sampling "
+    "is given, such as --lisa_activated_layers."
+)
+# Settings that ask for sampled layers: with one of them the default is plain LISA.
+OF_SAMPLING = frozenset(
+    {
+        "lisa_activated_layers",
+        "lisa_unit",
+        "lisa_budget",
+        "lisa_interval_steps",
+        "lisa_sampler",
+        "lisa_weights_file",
+        "lisa_always_on",
+        "lisa_block_probability",
+        "lisa_state",
+    }
 )
 
 
 # The default learning rate, in units of TRL's default for the task: adapters take ten times the rate of all weights.
-RATES_OF_METHODS = {"lisa": 1, "full": 1, "lora": 10}
+RATE_OF_ADAPTERS = 10
 
 
-def default_rate(method: str, rate_of_trl: float) -> float:
-    """Return the learning rate of a run where none is given: 2e-4 for `lora` and 2e-5 for the others with `sft`."""
-    return float(f"{rate_of_trl * RATES_OF_METHODS.get(method, 1):.6g}")
+def default_rate(rate_of_trl: float, trains_adapters: bool) -> float:
+    """Return the learning rate of a run where none is given: with `sft` 2e-4 for adapters and 2e-5 otherwise.
+
+    `trains_adapters` is true for `--method lora` and for LISA's adapters without sampled layers.
+    """
+    return float(f"{rate_of_trl * (RATE_OF_ADAPTERS if trains_adapters else 1):.6g}")
+
+
+def trains_adapters_alone(settings: Mapping[str, Any]) -> bool:
+    """Return whether adapters train and no layer is sampled. `settings` are those of a LisaConfig."""
+    return settings.get("lisa_adapters") is not None and settings.get("lisa_activated_layers") == 0
 
 
 def reserved_bytes(total: int) -> int:
@@ -50,52 +75,41 @@ def reserved_bytes(total: int) -> int:
     return max(3 << 29, total * 6 // 100)
 
 
-# Flags that say what a run may take, besides those that `lora_memory` sets.
-_OF_MEMORY = ("lisa_offload", "lisa_unit")
+def default_preset(given: Iterable[str]) -> str:
+    """Return the preset of a run where `--lisa_preset` is not among the given names."""
+    return NONE if OF_SAMPLING.intersection(given) else ADAPTERS
 
 
-def check_preset(preset: str | None) -> None:
-    """Raise UserError for a `--lisa_preset` that there is not."""
-    if preset not in (None, *PRESETS):
+def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a LisaConfig with those that its preset adds to the given ones.
+
+    Raises UserError for a preset that there is not.
+    """
+    preset = given.get("lisa_preset")
+    if preset is None:
+        preset = default_preset(given)
+    refuse_removed({"lisa_preset": preset})
+    if preset not in PRESETS:
         raise UserError(f"--lisa_preset {preset}: unknown; choose one of {', '.join(PRESETS)}.")
+    return {**PRESETS[preset], **given, "lisa_preset": preset}
 
 
-def says_nothing_of_memory(given: Iterable[str]) -> bool:
-    """Whether none of the given flags stands against `lora_memory`, which is then the preset by default."""
-    return not {*PRESETS[LORA_MEMORY], *_OF_MEMORY}.intersection(given)
-
-
-def choose_preset(
-    asked: str | None,
+def optimizer_of_preset(
+    preset: str,
     given: Collection[str],
     *,
     optim: str,
     ds_config: dict,
     offloaded: Collection[str],
-    by_module: bool,
     in_bf16: bool,
-    can_plan: bool,
-) -> tuple[str, dict[str, Any]]:
-    """The preset of a run, and what it sets: all but the `given` names, and but what the run cannot have.
+) -> dict[str, Any]:
+    """Return the optimizer of a preset and the settings of its states, except the `given` names.
 
-    By default it is lora_memory if the user gave none of its settings and a step can be planned. Small moments need
-    lisa_adamw and states on the device. Weights that are not in bf16 have masters and are not quantized; weights that
-    ZeRO-3 partitions are not quantized either. `--lisa_budget` says how many modules train. Raises UserError if layers
-    must be planned and no step can be planned.
+    Small states need lisa_adamw and a GPU that holds them. Weights that are not in bf16 have masters.
     """
-    offloads = bool(offloaded) or uses_optimizer_offload(ds_config)
-    by_default = LORA_MEMORY if says_nothing_of_memory(given) and can_plan and not offloads else NONE
-    preset, left_out = asked or by_default, {*given}
-    if preset in SMALL:
-        left_out |= {"lisa_activated_layers"} if by_module else set()
+    left_out = {*given}
+    if preset == ADAPTERS:
         left_out |= set() if in_bf16 else {"lisa_master"}
-        left_out |= set() if in_bf16 and not cuts_weights(ds_config) else {"lisa_frozen_bits"}
-        if offloads or ("optim" in given and optim != PRESETS[preset]["optim"]):
+        if offloaded or uses_optimizer_offload(ds_config) or ("optim" in given and optim != "lisa_adamw"):
             left_out |= {"optim", *SMALL_STATES}
-    settings = {name: value for name, value in PRESETS[preset].items() if name not in left_out}
-    if preset in SMALL and "lisa_activated_layers" in settings and not can_plan:
-        raise UserError(
-            f"--lisa_preset {preset}: it plans a step, by --max_length, and can plan none of --task {GRPO}; give "
-            "--lisa_activated_layers too, or another preset."
-        )
-    return preset, settings
+    return {name: value for name, value in OPTIMIZERS[preset].items() if name not in left_out}

@@ -4,7 +4,6 @@ One rule for all: who gives one gets one line, a UserError. Files of an earlier 
 have a setting with its old default, which did nothing: they are read as if it were not there.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,23 +32,9 @@ REMOVED = {
     "lisa_sampler cyclic": Removed("give reshuffle: each layer trains once before any repeats"),
     "lisa_sampler window": Removed("give uniform or reshuffle"),
     "lisa_interval_steps auto": Removed("give a number of steps, such as 20"),
+    "lisa_preset lora": Removed("leave it out: adapters, embedding and head train in less memory, and reach more"),
+    "lisa_activated_layers lora": Removed("give a number of layers, or auto for as many as fit the GPU"),
 }
-
-
-# New names of values, by a setting and its old value. The old ones work with a warning for one release.
-RENAMED = {
-    ("lisa_activated_layers", "lora"): "lora_memory",
-    ("lisa_preset", "lora"): "lora_memory",
-}
-
-
-def renamed(name: str, value: Any) -> Any:
-    """Return the present name of a setting's value. Warn if the value has its old name."""
-    if not isinstance(value, str) or (name, value) not in RENAMED:
-        return value
-    new = RENAMED[name, value]
-    warnings.warn(f"--{name} {value} is now called {new}, since it does not train by LoRA. Use {new}.", stacklevel=3)
-    return new
 
 
 def refuse_removed(settings: Mapping[str, Any], where: str = "", how: str = "") -> None:

@@ -40,7 +40,7 @@ class Method:
     @property
     def config(self) -> lisa_dist.LisaConfig:
         """What LISA, or what static and callback do in its place, is to train."""
-        return lisa_dist.LisaConfig(**self.settings if self.kind in ("lisa", "static", "callback") else {})
+        return lisa_dist.LisaConfig.plain(**self.settings if self.kind in ("lisa", "static", "callback") else {})
 
 
 def lora(rank: int, rate: float = 1.0) -> Method:

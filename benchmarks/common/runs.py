@@ -378,19 +378,19 @@ def flops_of_step(
     """Floating-point operations that a step cannot do without: matrix products, a multiply-add as two.
 
     Of every matrix a forward pass, the gradient of its input as far down as something trains, and its own gradient
-    where it trains; of attention its two products, forward and twice as many backward. `layers` are those of static,
-    callback and LISA that train, and so many are computed `again`.
+    where it trains, adapters among them; of attention its two products, forward and twice as many backward. `layers`
+    are those of static, callback and LISA that train, and so many are computed `again`.
     """
     model = model_of(config)
     first, count = find_blocks(model).layers[0], config.num_hidden_layers
     matrices = [one for one in first.parameters.values() if one.ndim > 1]
     layer, head = sum(one.numel() for one in matrices), model.get_output_embeddings().weight.numel()
     attention = 4 * length * config.num_attention_heads * config.head_dim / 2  # a token and layer; causal: half of it
-    trained, outer, of_adapters = len(layers), method.config.always_on, 0
+    trained, outer, rank = len(layers), method.config.always_on, method.config.lisa_adapters or 0
     if method.kind in ("full", "lora"):
         trained, outer = (count, ("embed", "head")) if method.kind == "full" else (0, ("embed",))
-    if method.kind == "lora":
-        of_adapters = count * method.settings["r"] * sum(sum(one.shape) for one in matrices)
+    rank = method.settings["r"] if method.kind == "lora" else rank
+    of_adapters = count * rank * sum(sum(one.shape) for one in matrices)
     # The backward pass ends at the embedding, or where that is frozen at the lowest layer that trains.
     lowest = 0 if "embed" in outer else min(layers, default=count)
     backward = (count - lowest) / count

@@ -36,18 +36,20 @@ def figures_of(model: str, gpus: int, gpu_memory: str) -> dict:
         chosen = first_that_fits(config, arguments, LisaConfig(), preset)
     except UserError as error:
         return {"not_fitting": str(error)}
-    plan, settings = chosen.plan, {"lisa_always_on": ",".join(chosen.lisa_config.always_on)}
-    layers = range(chosen.lisa_config.lisa_activated_layers)
+    plan, lisa_config = chosen.plan, chosen.lisa_config
+    settings = {"lisa_always_on": lisa_config.lisa_always_on, "lisa_adapters": lisa_config.lisa_adapters}
+    layers = range(lisa_config.lisa_activated_layers)
     length, again = plan.workload.seq_length, plan.workload.checkpointed_layers
     flops = flops_of_step(shrunk_config(model), Method("lisa", "lisa", settings), 1, length, layers, again)
     return {
         "ds_config": plan.ds_config,
-        "layers": chosen.lisa_config.lisa_activated_layers,
+        "layers": lisa_config.lisa_activated_layers,
+        "adapters": lisa_config.lisa_adapters,
         "num_layers": config.num_hidden_layers,
         "checkpointed": plan.workload.checkpointed_layers,
-        "frozen_bits": chosen.lisa_config.frozen_form,
+        "frozen_bits": lisa_config.frozen_form,
         "global_batch": gpus * arguments.gradient_accumulation_steps,
-        "learning_rate": learning_rate(model, config),
+        "learning_rate": learning_rate(model, config, lisa_config),
         "peak": plan.gpu.needed,
         "host": plan.host_bytes * gpus,
         "tokens_per_second": gpus * SHARE * PEAKS[gpu_memory] / flops,

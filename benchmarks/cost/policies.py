@@ -49,7 +49,7 @@ def main() -> None:
         for checkpointed, length in (("none", 1024), ("none", 4096), ("all", 1024), ("all", 4096)):
             how = {"deepspeed": "zero2", "loss": "chunked", "seq_length": length, "checkpointed_layers": checkpointed}
             for row, (_, more, settings) in zip(rows, POLICIES, strict=True):
-                (plan,) = make_plans(config, PlanArguments(model, **how | more), LisaConfig(**settings))
+                (plan,) = make_plans(config, PlanArguments(model, **how | more), LisaConfig.plain(**settings))
                 row.append(plan.gpu.peak)
     write_results(arguments.results, {"rows": rows})
     show("policies", {"rows": rows})

@@ -83,7 +83,7 @@ class Memory:
         """Return the peak of a method with the activations of every decoder layer recomputed."""
         parts = Parts.parse(name)
         arguments = PlanArguments(MODEL, seq_length=TOKENS, checkpointed_layers="all", reserve="0")
-        config = LisaConfig()
+        config = LisaConfig.plain()
         if parts.layers == "full":
             arguments = replace(arguments, method="full", optim="adamw_torch_fused")
         elif parts.layers == "lora" and parts.ends is None:

@@ -34,7 +34,9 @@ def planned(arguments: argparse.Namespace, settings: dict, **changes) -> MemoryP
         checkpointed_layers="none",
     )
     # The number of layers is that of weights in fp32, which are their own masters, for a fair comparison.
-    lisa_config = lisa_dist.LisaConfig(**{name: value for name, value in settings.items() if name != "lisa_master"})
+    lisa_config = lisa_dist.LisaConfig.plain(
+        **{name: value for name, value in settings.items() if name != "lisa_master"}
+    )
     config = AutoConfig.from_pretrained(arguments.model)
     planner = Planner(config, dataclasses.replace(asked, **changes), lisa_config, on_cpu=not arguments.gpu)
     return planner.plan("zero2", 0, OWN).gpu  # the loss as these runs compute it
@@ -76,7 +78,7 @@ def build(
             settings["lisa_activated_layers"] = num_layers
         if settings.get("lisa_activated_layers") == AUTO_LAYERS:
             settings = with_memory_of(method.memory_of[0], arguments, settings, method.memory_of[1])
-        config = lisa_dist.LisaConfig(lisa_seed=seed, **settings)
+        config = lisa_dist.LisaConfig.plain(lisa_seed=seed, **settings)
         return lisa_dist.initialize(model, "zero2", config, lr=lr, micro_batch_size=arguments.rows, optim=optim)
     torch.manual_seed(seed)
     model = adapted(model, method) if method.kind == "lora" else model

@@ -31,7 +31,7 @@ def peaks_of(model: str) -> dict[str, int]:
         asked = PlanArguments(
             model, gpus=gpus, seq_length=LENGTH, optim=optim, checkpointed_layers="none", reserve="0", **changes
         )
-        return Planner(config, asked, LisaConfig(**settings), runs=runs).peak(ds_config, CHUNKED)
+        return Planner(config, asked, LisaConfig.plain(**settings), runs=runs).peak(ds_config, CHUNKED)
 
     found = {f"lora r{rank}": peak({}, "adamw_torch_fused", method="lora", lora_r=rank) for rank in (16, 64)}
     found["full"] = peak({}, "adamw_torch_fused", method="full")

@@ -8,12 +8,11 @@ import torch
 from transformers import AutoConfig
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import PLANNED_LAYERS, parse_share
+from lisa_dist.config_rules import AUTO_LAYERS, parse_share
 from lisa_dist.core.adapters import add_adapters
 from lisa_dist.core.blocks import find_blocks, model_without_weights
 from lisa_dist.errors import UserError
-from lisa_dist.presets import LORA_MEMORY, NONE, PRESETS, SMALL, says_nothing_of_memory
-from lisa_dist.removed import renamed
+from lisa_dist.presets import ADAPTERS, NONE, with_preset
 from lisa_dist.text import no_such_model
 
 
@@ -34,15 +33,12 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
     model = model_without_weights(config)
     blocks = find_blocks(model)
     is_lisa = flags.get("method", "lisa") == "lisa"
-    preset = renamed("lisa_preset", flags.get("lisa_preset")) or (
-        LORA_MEMORY if is_lisa and says_nothing_of_memory(flags) else NONE
-    )
-    settings = {**(PRESETS.get(preset, {}) if is_lisa else {}), **flags}
+    settings = with_preset(flags) if is_lisa else {**flags, "lisa_preset": NONE}
     if (rank := settings.get("lisa_adapters")) is not None:
         add_adapters(model, blocks, int(rank))
     layers = [block.numel for block in blocks.layers]
-    given = settings.get("lisa_activated_layers", LisaConfig().lisa_activated_layers)
-    gamma = len(layers) if given in PLANNED_LAYERS else int(given)  # at most
+    given = settings.get("lisa_activated_layers", LisaConfig.plain().lisa_activated_layers)
+    gamma = len(layers) if given == AUTO_LAYERS else int(given)  # at most
     total = active = sum(block.numel for block in blocks)
     if is_lisa:
         of_layers = min(gamma, len(layers)) * max(layers)
@@ -52,5 +48,5 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
     # In bf16 unless told otherwise where there are GPUs, as the run itself.
     in_bf16 = str(flags.get("bf16", torch.cuda.is_available())).lower() == "true"
     # A master and two moments, or moments in 8 bits and no master.
-    small = is_lisa and preset in SMALL and "lisa_state_bits" not in flags
+    small = is_lisa and settings["lisa_preset"] == ADAPTERS and "lisa_state_bits" not in flags
     return total * (2 if in_bf16 else 4), (2 if small else 12) * active

@@ -14,6 +14,7 @@ from lisa_dist.data.sources import count_rows
 from lisa_dist.flags import FlagParser
 from lisa_dist.memory.plan import learning_rate, load_model_config, preset_settings, with_accumulation
 from lisa_dist.memory.planner import first_that_fits
+from lisa_dist.presets import PRESETS
 from lisa_dist.run.recipe import InitArguments, format_recipe, steps_of_recipe, with_interval
 
 USAGE = "lisa-dist init --model llama3.1-8b [--gpus N] [--gpu_memory 24GiB] [--any_flag value ...]"
@@ -52,9 +53,11 @@ def main(argv: Sequence[str]) -> None:
         chosen = first_that_fits(config, arguments, lisa_config, preset, tell=tell)
         rows = count_rows(arguments.dataset_name)
         steps = None if rows is None else steps_of_recipe(chosen.arguments, rows)
-        if steps is not None and not {"lisa_interval_steps"} & {*given, *preset}:
+        of_preset = PRESETS[str(lisa_config.lisa_preset)]
+        if steps is not None and chosen.lisa_config.samples and "lisa_interval_steps" not in {*given, *of_preset}:
             chosen = with_interval(chosen, number_of_decoder_layers(config), steps)
-        text = format_recipe(chosen, argv, config, learning_rate(arguments.model, config, arguments.task), steps)
+        rate = learning_rate(arguments.model, config, chosen.lisa_config, arguments.task)
+        text = format_recipe(chosen, argv, config, rate, steps)
         if arguments.recipe is None:
             print(text, end="")
             return

@@ -53,11 +53,11 @@ HELP = {
     "How": {
         "deepspeed": "plan zero1, zero2, ..., or a file; by default all are planned",
         "precision": "bf16 or fp32",
-        "lisa_preset": "as in training: lora_memory by default, adapters, paper, none",
+        "lisa_preset": "as in training: adapters by default, paper, none",
         "optim": "as in training",
         "checkpointed_layers": "none, all, a number, or auto: the fewest that fit",
-        "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora_memory",
-        "lisa_adapters": "rank of LoRA adapters that train beside them",
+        "lisa_adapters": "rank of LoRA adapters that train in every step",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma), or auto",
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
         "lisa_frozen": "of embed, head, rest: never trained",
         "lisa_state": "at a switch: reset, reset_all, keep (on the host)",
@@ -88,9 +88,9 @@ def main(argv: Sequence[str]) -> None:
         arguments, preset = with_accumulation(arguments, given), preset_settings(arguments, lisa_config, given)
         asked, settings = with_settings(arguments, lisa_config, preset)
         runs, rate = FakeRuns(config), None
-        if arguments.method == "lisa":  # the best rates of LoRA are 5 to 20 times as high
-            rate = learning_rate(arguments.model, config, arguments.task)
-        plans = make_plans(config, asked, settings, runs=runs, preset=preset)
+        if arguments.method == "lisa":
+            rate = learning_rate(arguments.model, config, lisa_config, arguments.task)
+        plans = make_plans(config, asked, settings, runs=runs)
         print(format_plans(plans, asked))
         if asked.json:
             written = {"arguments": asdict(asked), "plans": [plan.to_dict() for plan in plans]}

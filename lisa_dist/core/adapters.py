@@ -42,8 +42,11 @@ def add_adapters(model: Any, blocks: Blocks, rank: int, seed: int = 0) -> None:
     """Put adapters of a rank beside the linear modules of all decoder layers; their parameters go to their block.
 
     What else trains or not stays as it was. All ranks get the same adapters, and a later run of the model goes on with
-    them. Raises UserError for a rank that is larger than a matrix, and where no linear module is used by its own
-    forward alone. Those of one row or column, which are gates, have none.
+    them. Linear modules of one row or column, which are gates, have none. As in PEFT, the rank may be larger than a
+    small matrix.
+
+    Raises:
+        UserError: No linear module is used by its own forward alone.
     """
     blocks.adapters.decaying = None  # all of them do: they are matrices
     if blocks.adapters.parameters:  # of an earlier run of this model
@@ -52,15 +55,12 @@ def add_adapters(model: Any, blocks: Blocks, rank: int, seed: int = 0) -> None:
 
     of_layers = quantizable_matrices(model, [layer.parameters for layer in blocks.layers])
     linear = {name: one for layer in of_layers for name, one in layer.items() if one.is_linear}
-    sizes = {name: min(parameter_shape(one.parameter)) for name, one in linear.items()}
-    linear = {name: one for name, one in linear.items() if sizes[name] > 1}
-    flag = f"--lisa_adapters {rank}"
+    linear = {name: one for name, one in linear.items() if min(parameter_shape(one.parameter)) > 1}
     if not linear:
-        raise UserError(f"{flag}: the decoder layers of {type(model).__name__} have no linear modules; leave it out.")
-    smallest = min(linear, key=lambda name: sizes[name])
-    if rank > sizes[smallest]:
-        rule = "an adapter's rank is at most that; give a smaller one"
-        raise UserError(f"{flag}: {smallest} has {sizes[smallest]} rows or columns; {rule}.")
+        raise UserError(
+            f"--lisa_adapters {rank}: the decoder layers of {type(model).__name__} have no linear modules. Give "
+            "--lisa_preset none, which samples layers."
+        )
     prefix = f"{blocks.layers_path}."
     paths = [name.removeprefix(prefix).removesuffix(".weight") for name in linear]
     config = LoraConfig(

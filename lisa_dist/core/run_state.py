@@ -23,6 +23,7 @@ FREE_SETTINGS = (
     "lisa_weights_file",
     "lisa_lr_scale",
     "lisa_debug",
+    "lisa_preset",
 )
 
 
@@ -37,7 +38,7 @@ def changed_settings(
     if state["version"] != STATE_VERSION:
         raise UserError(f"the LISA state has version {state['version']}; this release reads {STATE_VERSION}.")
     current, step = config.to_dict(), state["step"]
-    saved = LisaConfig().to_dict() | settings_of_checkpoint(state["config"], f"the run saved at step {step} had ")
+    saved = LisaConfig.plain().to_dict() | settings_of_checkpoint(state["config"], f"the run saved at step {step} had ")
     if saved["lisa_unit"] != config.lisa_unit:
         raise UserError(
             f"--lisa_unit {config.lisa_unit}: the run saved at step {step} sampled by {saved['lisa_unit']}; give that, "

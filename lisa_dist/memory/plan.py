@@ -21,8 +21,7 @@ from lisa_dist.errors import UserError
 from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.memory.workload import LOGITS, Lora, MemoryParts, Workload
 from lisa_dist.model_names import is_tuned, name_or_folder, nearest_name, shipped_model_configs, shipped_name
-from lisa_dist.presets import check_preset, choose_preset, reserved_bytes
-from lisa_dist.removed import renamed
+from lisa_dist.presets import NONE, optimizer_of_preset, reserved_bytes, trains_adapters_alone
 from lisa_dist.run_folder import PLANNED_PARTS, REFERENCE
 from lisa_dist.tasks import GRPO, KTO, PAIRED, REWARD, SFT, WITH_REFERENCE, check_task, has_reference
 from lisa_dist.text import BYTE_UNITS, format_columns, no_such_model, parse_bytes, split_names
@@ -82,7 +81,6 @@ class PlanArguments:
     use_bnb_nested_quant: bool = field(
         default=False, metadata={"help": "As in training, with --load_in_4bit: scales in 8 bits."}
     )
-    lisa_preset: str | None = field(default=None, metadata={"help": "As in training, and by the same rule."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "As in training."})
     precision: str = field(default="bf16", metadata={"help": "bf16 or fp32."})
     deepspeed: str | None = field(default=None, metadata={"help": "Plan this config alone: short name or path."})
@@ -124,8 +122,6 @@ class PlanArguments:
             rule = "adapters of weights in 4 bits train in bf16. Use `--precision bf16`"
             raise UserError(f"--precision {self.precision} with --load_in_4bit: {rule}.")
         check_task(self.task)
-        self.lisa_preset = renamed("lisa_preset", self.lisa_preset)
-        check_preset(self.lisa_preset)
         if self.task == KTO and self.micro_batch_size < 2:
             raise UserError("--micro_batch_size 1 with --task kto: it compares the rows of a batch; give 2 or more.")
         if self.task == GRPO and self.answers < 2:
@@ -262,19 +258,17 @@ def with_accumulation(arguments: Arguments, given: Collection[str]) -> Arguments
 
 
 def preset_settings(arguments: PlanArguments, lisa_config: LisaConfig, given: Collection[str]) -> dict[str, Any]:
-    """What `--lisa_preset`, or the one by default, sets in a run of these flags."""
+    """Return the optimizer that the preset sets in a run of these flags, and the settings of its states."""
     if arguments.method != "lisa":
         return {}
-    return choose_preset(
-        arguments.lisa_preset,
+    return optimizer_of_preset(
+        str(lisa_config.lisa_preset),
         given,
         optim=arguments.optim,
         ds_config=given_ds_config(arguments.deepspeed),
         offloaded=lisa_config.offloaded,
-        by_module=lisa_config.by_module,
         in_bf16=arguments.precision == "bf16",
-        can_plan=arguments.task != GRPO,
-    )[1]
+    )
 
 
 def with_settings(
@@ -285,9 +279,15 @@ def with_settings(
     return replace(arguments, optim=settings.get("optim", arguments.optim)), replace(lisa_config, **of_lisa)
 
 
-def learning_rate(model: str, config: PretrainedConfig, task: str = SFT) -> float:
-    """A rate to begin with (docs/choosing.md): by the model's size, whether it is tuned already, and the task."""
-    if sum(parameter.numel() for parameter in model_without_weights(config).parameters()) < SMALL_MODEL:
+def learning_rate(model: str, config: PretrainedConfig, lisa_config: LisaConfig, task: str = SFT) -> float:
+    """Return a rate to begin with (docs/choosing.md).
+
+    It depends on the size of the model, whether it is tuned already, what trains, and the task.
+    """
+    is_small = sum(parameter.numel() for parameter in model_without_weights(config).parameters()) < SMALL_MODEL
+    if trains_adapters_alone(vars(lisa_config)):
+        rate = 1e-3 if is_small else 2e-4
+    elif is_small:
         rate = 1e-4
     else:
         rate = 1e-5 if is_tuned(model) else 2e-5
@@ -351,10 +351,11 @@ _EXAMPLES: dict[str, dict[str, str]] = {
 
 
 def given_settings(lisa_config: LisaConfig) -> dict[str, Any]:
-    """The settings whose values are not the defaults; and the number of layers, which without it have a preset."""
-    defaults = LisaConfig().to_dict()
-    always = () if lisa_config.by_module else ("lisa_activated_layers",)
-    return {name: one for name, one in lisa_config.to_dict().items() if name in always or one != defaults[name]}
+    """Return the settings that differ from those of their preset; of no preset also the number of layers."""
+    preset = lisa_config.lisa_preset
+    defaults = LisaConfig(lisa_preset=preset).to_dict()
+    always = "lisa_preset" if preset != NONE else "" if lisa_config.by_module else "lisa_activated_layers"
+    return {name: one for name, one in lisa_config.to_dict().items() if name == always or one != defaults[name]}
 
 
 def command_for(plan: Plan, arguments: PlanArguments, learning_rate: float | None = None) -> str:
@@ -415,7 +416,7 @@ def format_plans(plans: Sequence[Plan], arguments: PlanArguments) -> str:
 
     checkpointed = [f"{plan.workload.checkpointed_layers} checkpointed" for plan in plans]
     lines = [[f"{name} on each GPU", *(plan.ds_config for plan in plans)], ["layers", *checkpointed]]
-    if arguments.method == "lisa" and not plans[0].lisa_config.by_module:
+    if arguments.method == "lisa" and plans[0].lisa_config.samples and not plans[0].lisa_config.by_module:
         lines.append(["", *(f"{plan.lisa_config.lisa_activated_layers} active" for plan in plans)])
     lines.append(["loss", *(plan.workload.loss for plan in plans)])
     for title, fields in PLANNED_PARTS:

@@ -3,15 +3,15 @@
 import copy
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import LORA_LAYERS, PLANNED_LAYERS, check_load_in_4bit
+from lisa_dist.config_rules import AUTO_LAYERS, check_load_in_4bit
 from lisa_dist.core.activation_checkpointing import AUTO, fewest_layers, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.adapters import check_modules_to_save
 from lisa_dist.core.blocks import model_without_weights, number_of_decoder_layers
@@ -20,7 +20,6 @@ from lisa_dist.core.layer_weights import load_layer_weights
 from lisa_dist.core.sequence_parallel import check_sequence_parallel
 from lisa_dist.core.weight_store import HOST
 from lisa_dist.ds_config import (
-    cuts_weights,
     fill_layer_gathers,
     fill_secondary_partitions,
     read_ds_config,
@@ -33,7 +32,7 @@ from lisa_dist.memory.frozen_on_host import bus_and_products, copies_to_load, st
 from lisa_dist.memory.plan import DTYPES, SHARING, WAYS, Plan, PlanArguments
 from lisa_dist.memory.trace import FakeRuns
 from lisa_dist.memory.workload import CHUNKED, LOGITS, RATIO, SCORE, StageSettings, Workload
-from lisa_dist.optim.build import LISA_ADAMW, TORCH_ADAMW
+from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.presets import SMALL_STATES
 from lisa_dist.tasks import REWARD, SFT
 from lisa_dist.text import format_bytes
@@ -55,6 +54,12 @@ class Planner:
         on_cpu: bool = False,
         runs: FakeRuns | None = None,
     ) -> None:
+        attribute = lisa_config.lisa_layers_attribute
+        if arguments.method != "lisa":
+            of_no_run = LisaConfig, LisaConfig.plain
+            if lisa_config not in [config(lisa_layers_attribute=attribute) for config in of_no_run]:
+                raise UserError(f"--method {arguments.method}: flags that begin with --lisa_ are for --method lisa.")
+            lisa_config = LisaConfig.plain(lisa_layers_attribute=attribute)
         self._config, self._arguments, self._lisa = config, arguments, lisa_config
         self._plans: dict[tuple[str, int, str], Plan] = {}
         self._estimate = StepEstimate(
@@ -75,8 +80,6 @@ class Planner:
             lisa_config.check_num_layers(self.num_layers)
             if lisa_config.lisa_weights_file is not None:
                 load_layer_weights(lisa_config.lisa_weights_file, self.num_layers, lisa_config.lisa_activated_layers)
-        elif lisa_config != LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute):
-            raise UserError(f"--method {arguments.method}: flags that begin with --lisa_ are for --method lisa.")
         if arguments.method != "lisa" and arguments.optim == LISA_ADAMW:
             raise UserError(
                 f"--optim {LISA_ADAMW} with --method {arguments.method}: it is for --method lisa; give another, such "
@@ -196,18 +199,6 @@ _SMALLER: tuple[tuple[str | None, dict[str, Any]], ...] = (
     (None, {"lisa_always_on": "rest"}),
 )
 
-LORA_RANK = 16  # of the LoRA run whose memory bounds --lisa_activated_layers lora_memory
-
-
-def fewest_in_lora_memory(num_layers: int) -> int:
-    """Return the smallest number that `lora_memory` may choose: two, as in the paper, or fewer in tiny models."""
-    return min(2, _most_in_lora_memory(num_layers))
-
-
-def _most_in_lora_memory(num_layers: int) -> int:
-    """Return half of the layers: all of them would be full training, for which small models have room."""
-    return max(1, num_layers // 2)
-
 
 def with_most_layers(
     config: PretrainedConfig,
@@ -217,65 +208,30 @@ def with_most_layers(
     on_cpu: bool = False,
     runs: FakeRuns | None = None,
 ) -> tuple[LisaConfig, str]:
-    """Replace `auto` and `lora_memory` by a number of layers, and explain the number; leave numbers as they are.
+    """Replace `auto` by a number of layers, and explain the number; leave numbers as they are.
 
-    `lora_memory` is as many layers as fit in the memory of LoRA with rank 16 plus 10%: both runs are planned with the
-    same gradient accumulation and with the checkpointing that LoRA needs on this GPU. It is two layers at least and
-    half of the model's at most. `auto` is as many as fit on the GPU with all layers checkpointed, if the run may choose
-    that, and with the loss that needs less.
+    `auto` is as many as fit on the GPU with all layers checkpointed, if the run may choose that, and with the loss that
+    needs less.
 
     Raises:
-        UserError: Not one layer fits with `auto`; the message names the three closest settings.
+        UserError: Not one layer fits; the message names the three closest settings.
     """
     given, budget = lisa_config.lisa_activated_layers, arguments.budget
-    if given not in PLANNED_LAYERS:
+    if given != AUTO_LAYERS:
         return lisa_config, ""
     num_layers, runs = number_of_decoder_layers(config), runs or FakeRuns(config)
     checkpointed = "all" if arguments.checkpointed_layers == AUTO else arguments.checkpointed_layers
     most = _most_layers(config, lisa_config, num_layers)
-    if given == LORA_LAYERS:
-        most = min(most, _most_in_lora_memory(num_layers))
-        layers, why = _layers_in_lora_memory(runs, arguments, lisa_config, ds_config, on_cpu, most)
-    else:
-        on_gpu = _Peaks(runs, replace(arguments, checkpointed_layers=checkpointed), ds_config, on_cpu)
-        layers = most - fewest_layers(lambda fewer: on_gpu.of(lisa_config, most - fewer), most - 1, budget)
-        planned = format_bytes(on_gpu.of(lisa_config, layers))
-        if on_gpu.of(lisa_config, layers) > budget:
-            raise UserError(
-                f"--lisa_activated_layers auto: not one layer fits {format_bytes(budget)}: with one {planned} are "
-                f"planned. {_closest_settings(on_gpu.of, lisa_config)}"
-            )
-        why = f"{planned} planned; there are {format_bytes(budget)}"
+    on_gpu = _Peaks(runs, replace(arguments, checkpointed_layers=checkpointed), ds_config, on_cpu)
+    layers = most - fewest_layers(lambda fewer: on_gpu.of(lisa_config, most - fewer), most - 1, budget)
+    planned = format_bytes(on_gpu.of(lisa_config, layers))
+    if on_gpu.of(lisa_config, layers) > budget:
+        raise UserError(
+            f"--lisa_activated_layers auto: not one layer fits {format_bytes(budget)}: with one {planned} are "
+            f"planned. {_closest_settings(on_gpu.of, lisa_config)}"
+        )
+    why = f"{planned} planned; there are {format_bytes(budget)}"
     return replace(lisa_config, lisa_activated_layers=layers), f"{given}: {layers} of {num_layers}, {why}"
-
-
-def _layers_in_lora_memory(
-    runs: FakeRuns,
-    arguments: PlanArguments,
-    lisa_config: LisaConfig,
-    ds_config: str | dict,
-    on_cpu: bool,
-    most: int,
-) -> tuple[int, str]:
-    """Return how many layers fit in the memory of a LoRA run plus 10% and on the GPU, and an explanation."""
-    fewest = min(2, most)
-    asked = {one.name: getattr(arguments, one.name) for one in fields(PlanArguments)}  # init's arguments refuse LoRA
-    plain = {"lora_r": LORA_RANK, "lora_modules_to_save": None, "load_in_4bit": False, "optim": TORCH_ADAMW[1]}
-    given = parse_checkpointed_layers(arguments.checkpointed_layers)
-    plain["checkpointed_layers"] = AUTO if given in (None, AUTO) else "all" if given else "none"
-    model_alone = LisaConfig(lisa_layers_attribute=lisa_config.lisa_layers_attribute)
-    planner = Planner(runs.config, PlanArguments(**asked | {"method": "lora"} | plain), model_alone, on_cpu, runs)
-    lora = planner.cheapest(ds_config)
-    is_checkpointed = lora.workload.checkpointed_layers > 0
-    limit = min(int(1.1 * lora.gpu.needed), arguments.budget)
-    alike = replace(arguments, loss=lora.workload.loss if arguments.task == SFT else arguments.loss)
-    if given in (None, AUTO):
-        alike = replace(alike, checkpointed_layers="all" if is_checkpointed else "none")
-    peaks = _Peaks(runs, alike, ds_config, on_cpu)
-    layers = most - fewest_layers(lambda fewer: peaks.of(lisa_config, most - fewer), most - fewest, limit)
-    how = "with all layers checkpointed" if is_checkpointed else "without checkpointing"
-    planned = format_bytes(peaks.of(lisa_config, layers))
-    return layers, f"{planned} planned; LoRA with rank {LORA_RANK} takes {format_bytes(lora.gpu.needed)} {how}"
 
 
 class _Peaks:
@@ -347,15 +303,10 @@ def make_plans(
     lisa_config: LisaConfig,
     ways: Sequence[str] = WAYS,
     runs: FakeRuns | None = None,
-    preset: Collection[str] = (),
 ) -> list[Plan]:
-    """Return a plan for each DeepSpeed config, or only for `--deepspeed`, from the fastest to the slowest.
-
-    `preset` names the settings that come from a preset. ZeRO-3 cannot quantize frozen layers, so its plans keep them
-    in 16 bits if only the preset asks for fewer.
-    """
+    """Return a plan for each DeepSpeed config, or only for `--deepspeed`, from the fastest to the slowest."""
     runs = runs or FakeRuns(config)
-    if lisa_config.lisa_activated_layers not in PLANNED_LAYERS:
+    if lisa_config.lisa_activated_layers != AUTO_LAYERS:
         Planner(config, arguments, lisa_config, runs=runs)  # raises what no way would change
     refused: UserError | None = None
     ways = [arguments.deepspeed] if arguments.deepspeed else ways_of(arguments, ways)
@@ -365,12 +316,10 @@ def make_plans(
     for way in ways:
         try:
             ds_config = read_ds_config(way)
-            is_unquantized = "lisa_frozen_bits" in preset and cuts_weights(ds_config)
-            asked = replace(lisa_config, lisa_frozen_bits="16") if is_unquantized else lisa_config
-            prepare_ds_config(ds_config, asked, arguments.optim, arguments.precision)
+            prepare_ds_config(ds_config, lisa_config, arguments.optim, arguments.precision)
             if arguments.load_in_4bit:
                 check_load_in_4bit(arguments.method, ds_config["zero_optimization"]["stage"])
-            settled, _ = with_most_layers(config, arguments, asked, way, runs=runs)
+            settled, _ = with_most_layers(config, arguments, lisa_config, way, runs=runs)
         except UserError as error:
             refused = refused or error  # 8-bit moments are not for DeepSpeed's host AdamW; not one layer fits
             continue
@@ -467,8 +416,10 @@ def first_that_fits(
 ) -> Chosen:
     """The first fallback that fits; settings that were given stay as they are.
 
-    `preset`: what `--lisa_preset` sets. `tell` is given a line on each way that is tried. Raises UserError,
-    with what the last one lacks, where none does.
+    `preset`: the optimizer of `--lisa_preset` and its states. `tell` is given a line on each way that is tried.
+
+    Raises:
+        UserError: No fallback fits; the message says what the last one lacks.
     """
     problem, runs = UserError("no way of running fits the settings"), runs or FakeRuns(config)
     for fallback, asked, tried in possible_fallbacks(arguments, lisa_config, preset):
@@ -476,14 +427,13 @@ def first_that_fits(
             continue
         # Stage 3 gathers every weight twice, and is for what stages 1 and 2 have no room for.
         for stages in (("zero1", "zero2"), ("zero3",)):
-            of_preset = preset.keys() - fallback.settings.keys()
-            if stages == ("zero3",) and (tried.streams or (tried.frozen_flags and "lisa_frozen_bits" not in of_preset)):
+            if stages == ("zero3",) and tried.frozen_flags:
                 continue
             ways = [name for name in WAYS if name.endswith("_offload") == fallback.offloads and name.startswith(stages)]
             ways = ways_of(arguments, ways)
             tell(f"trying {', '.join(ways)}: {fallback.name}")
             try:
-                plan = what_fits(make_plans(config, asked, tried, ways, runs, of_preset), asked)
+                plan = what_fits(make_plans(config, asked, tried, ways, runs), asked)
                 return Chosen(fallback, plan, asked, plan.lisa_config)
             except UserError as error:
                 problem = error
@@ -495,13 +445,13 @@ def possible_fallbacks(
 ) -> Iterator[tuple[Fallback, PlanArguments, LisaConfig]]:
     """The fallbacks that change nothing that was given, with the arguments and settings of each.
 
-    With a preset's small states these come first; with states on the host there are none of them, and no
-    number of layers that they made room for. What a fallback changes comes before the preset.
+    With a preset's small states these come first; with states on the host there are none of them. What a fallback
+    changes comes before the preset.
     """
-    given, defaults = lisa_config.to_dict(), LisaConfig().to_dict()
+    given, defaults = lisa_config.to_dict(), LisaConfig.plain().to_dict()
     default_optim = PlanArguments(arguments.model).optim
     of_preset = {name: value for name, value in preset.items() if name != "optim"}  # a fallback's, or the default
-    on_host = {n: value for n, value in of_preset.items() if n not in SMALL_STATES and value != LORA_LAYERS}
+    on_host = {name: value for name, value in of_preset.items() if name not in SMALL_STATES}
     is_small = preset.get("optim") == LISA_ADAMW or not SMALL_STATES.keys().isdisjoint(preset)
     tried = []
     for fallback in FALLBACKS:

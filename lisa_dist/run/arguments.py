@@ -21,8 +21,7 @@ from lisa_dist.flags import FlagParser, task_of
 from lisa_dist.flags import run_parser as parser_of_task
 from lisa_dist.loss.label_logits import check_loss
 from lisa_dist.model_names import HUB_IDS
-from lisa_dist.presets import PRESET_HELP, check_preset, default_rate
-from lisa_dist.removed import renamed
+from lisa_dist.presets import default_rate, trains_adapters_alone, with_preset
 from lisa_dist.run.task_configs import CONFIGS, LisaSFTConfig, check_ranges
 from lisa_dist.run_folder import hide_secrets
 from lisa_dist.tasks import SFT, TASKS, check_rewards_given, check_task
@@ -41,12 +40,6 @@ class RunArguments:
         "lisa",
         "lisa, full to train every parameter in every step, or lora to train adapters "
         "(--lora_r, --lora_alpha, --lora_dropout, --lora_target_modules).",
-    )
-    lisa_preset: str | None = setting(
-        None,
-        f"{PRESET_HELP} By default lora_memory where none of --lisa_activated_layers, --optim, "
-        "--lisa_state_bits, --lisa_master, --lisa_offload and --lisa_unit is given and the DeepSpeed config does "
-        "not offload.",
     )
     task: str = setting(SFT, "; ".join(f"{name}: {task.what}" for name, task in TASKS.items()) + ".")
     reward_funcs: list[str] | None = setting(
@@ -101,8 +94,6 @@ class RunArguments:
         check_rewards_given(self.task, self.reward_funcs)
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: unknown; choose one of {', '.join(METHODS)}.")
-        self.lisa_preset = renamed("lisa_preset", self.lisa_preset)
-        check_preset(self.lisa_preset)
         checkpointed = parse_checkpointed_layers(self.checkpointed_layers)
         if self.method != "lisa" and isinstance(checkpointed, int) and checkpointed > 0:
             raise UserError(
@@ -169,9 +160,9 @@ HELP = {
         "packing": "several examples in one sequence, which never see each other",
     },
     "LISA": {
-        "lisa_preset": "lora_memory (default if no flag sets memory), adapters, paper, none",
-        "lisa_activated_layers": "decoder layers that train in a period (gamma), auto, lora_memory",
-        "lisa_adapters": "rank of LoRA adapters that train beside them in every period",
+        "lisa_preset": "adapters (default if no flag asks for sampling), paper, none",
+        "lisa_adapters": "rank of LoRA adapters that train in every step",
+        "lisa_activated_layers": "decoder layers that train in a period (gamma), or auto",
         "lisa_interval_steps": "optimizer steps in a period (K)",
         "lisa_sampler": "uniform, reshuffle, fixed, weighted, balanced, adaptive",
         "lisa_always_on": "of embed, head, rest; those left out are sampled like layers",
@@ -263,12 +254,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     argv = sys.argv[1:] if argv is None else argv
     parser = run_parser(task_of(argv))
     rate_of_trl = parser.get_default("learning_rate")  # before a recipe's becomes the default
-    method = parser.given(argv).get("method", METHODS[0])
-    parser.set_defaults(learning_rate=default_rate(method, rate_of_trl))
+    given = parser.given(argv)
+    method = given.get("method", METHODS[0])
+    trains_adapters = method == "lora" or (method == "lisa" and trains_adapters_alone(with_preset(given)))
+    parser.set_defaults(learning_rate=default_rate(rate_of_trl, trains_adapters))
     set_rank()
     check_port()
     # What is cheap to check comes first: the training arguments start the process group.
     run_args, data_args, lisa_config, model_args, training_args = parser.parse(argv)
+    if method != "lisa":  # the preset is for LISA alone
+        own = {name for name in vars(lisa_config) if name in given and name != "lisa_preset"}
+        lisa_config = LisaConfig.plain(**{name: getattr(lisa_config, name) for name in own})
     is_auto = AUTO in (parse_checkpointed_layers(run_args.checkpointed_layers), lisa_config.lisa_activated_layers)
     # Other methods have no use for --gpu_memory, as their header says: a recipe that has it serves them too.
     parse_budget(run_args.gpu_memory, is_kept_to=is_auto or run_args.method != "lisa")

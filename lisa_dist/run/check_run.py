@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lisa_dist.checkpoint.resume import PICKLE_ERRORS, has_only_weights
 from lisa_dist.checkpoint.trainer_checkpoint import newest_trainer_checkpoint
-from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS, check_load_in_4bit
+from lisa_dist.config_rules import AUTO_LAYERS, check_load_in_4bit
 from lisa_dist.core.activation_checkpointing import AUTO, number_of_layers, parse_checkpointed_layers
 from lisa_dist.core.adapters import add_adapters, check_modules_to_save
 from lisa_dist.core.blocks import (
@@ -41,7 +41,6 @@ from lisa_dist.ds_config import check_mismatches, given_ds_config
 from lisa_dist.errors import UserError
 from lisa_dist.files import DamagedError, check_folder, read_json, read_text
 from lisa_dist.loss.liger import check_liger
-from lisa_dist.memory.planner import fewest_in_lora_memory
 from lisa_dist.run.arguments import DEQUANTIZED, RunConfig, model_config_of, stored_quantization
 from lisa_dist.run.settle import check_auto_layers, check_loss_of_run
 from lisa_dist.run.task_configs import LisaOptimizerNames
@@ -171,7 +170,7 @@ def _check_task(config: RunConfig) -> None:
         raise UserError(f"--per_device_train_batch_size 1 with --task kto: {rule}.")
     if task == GRPO:  # whose micro-batches are answers, of lengths and in rows that nothing bounds beforehand
         for flag, value, not_taken in (
-            ("lisa_activated_layers", config.lisa.lisa_activated_layers, PLANNED_LAYERS),
+            ("lisa_activated_layers", config.lisa.lisa_activated_layers, (AUTO_LAYERS,)),
             ("checkpointed_layers", parse_checkpointed_layers(config.run.checkpointed_layers), (AUTO,)),
         ):
             if value in not_taken:
@@ -443,7 +442,7 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     num_active = lisa_config.lisa_activated_layers
     if config.training.use_liger_kernel:
         check_liger(copy.copy(config.training), model_config, lisa_config, trl_head=config.run.task != REWARD)
-    if num_active not in PLANNED_LAYERS:
+    if num_active != AUTO_LAYERS:
         lisa_config.check_num_layers(num_layers)
     if lisa_config.by_module and type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         model = model_without_weights(model_config)
@@ -455,8 +454,8 @@ def _check_layers(config: RunConfig, model_config: PretrainedConfig) -> None:
     if isinstance(checkpointed, int):
         number_of_layers(checkpointed, num_layers)
     if lisa_config.lisa_weights_file is not None:
-        fewest = {LORA_LAYERS: fewest_in_lora_memory(num_layers), AUTO_LAYERS: 1}
-        load_layer_weights(lisa_config.lisa_weights_file, num_layers, fewest.get(num_active, num_active))
+        fewest = 1 if num_active == AUTO_LAYERS else num_active
+        load_layer_weights(lisa_config.lisa_weights_file, num_layers, fewest)
 
 
 def _check_adapters(config: RunConfig, model_config: PretrainedConfig) -> None:
@@ -464,7 +463,7 @@ def _check_adapters(config: RunConfig, model_config: PretrainedConfig) -> None:
     rank = config.lisa.lisa_adapters
     assert rank is not None
     if config.run.layer_norms:
-        rule = "it looks at weights without their adapters; leave one out"
+        rule = "it records weights without their adapters. Give --lisa_preset none, or leave it out"
         raise UserError(f"--layer_norms with --lisa_adapters {rank}: {rule}.")
     if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         model = model_without_weights(model_config)

@@ -35,7 +35,7 @@ def describe_run(settled: Settled, template: str, processor: str, given: Collect
     checkpointed = None if config.run.method == "lisa" else parse_checkpointed_layers(config.run.checkpointed_layers)
     which = {0: "no layer", AUTO: "all layers; auto chooses among them with --method lisa alone", None: ""}
     batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    optim, has_preset = getattr(args.optim, "value", args.optim), config.run.lisa_preset not in (None, NONE)
+    optim, has_preset = getattr(args.optim, "value", args.optim), config.lisa.lisa_preset != NONE
     rows = [
         ("method", config.run.method),
         ("preset", describe_preset(config) if has_preset and config.run.method == "lisa" else ""),
@@ -63,9 +63,8 @@ def describe_run(settled: Settled, template: str, processor: str, given: Collect
 
 def _without_effect(config: RunConfig, given: Collection[str]) -> list[str]:
     """List the flags of other methods, also those `given` their default: one recipe may serve to compare methods."""
-    defaults, fields = LisaConfig().to_dict(), ModelArguments.__dataclass_fields__
-    of_lisa = ["lisa_preset"] if config.run.lisa_preset not in (None, NONE) else []
-    of_lisa += [name for name, value in config.lisa.to_dict().items() if value != defaults[name] or name in given]
+    defaults, fields = LisaConfig(lisa_preset=config.lisa.lisa_preset).to_dict(), ModelArguments.__dataclass_fields__
+    of_lisa = [name for name, value in config.lisa.to_dict().items() if value != defaults[name] or name in given]
     of_lisa += ["gpu_memory"] if config.run.gpu_memory is not None else []
     of_lisa += ["save_async"] if config.run.save_async else []
     of_lora = [name for name in fields if name.startswith(_OF_LORA)]

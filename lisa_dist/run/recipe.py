@@ -20,6 +20,7 @@ from lisa_dist.files import check_new_file
 from lisa_dist.memory.plan import Plan, PlanArguments, given_settings
 from lisa_dist.memory.planner import Chosen
 from lisa_dist.model_names import name_or_folder
+from lisa_dist.presets import ADAPTERS, NONE, PAPER
 from lisa_dist.tasks import GRPO, REWARD, SFT
 from lisa_dist.text import GIB, format_bytes
 
@@ -41,8 +42,14 @@ _SMALLEST_INTERVAL = 5  # K of a short run, since moments begin again in each pe
 _PACKING = "# packing: true                     # several short examples in one sequence, which never see each other"
 _LAYERS = "# of {} decoder layers; fewer are faster, and auto is as many as fit"
 _ALL = "# of {} decoder layers, which are all: full training"
+_PRESETS = {
+    ADAPTERS: "# LoRA adapters of rank 32, embedding and head; no layer is sampled",
+    PAPER: "# 2 sampled layers, as in the paper",
+}
 _RATE_OF_PREFERENCES = "This rate is for training by preferences: a tenth of that of fine-tuning."
 _RATES = {
+    1e-3: "This rate is for adapters of models below 1B.",
+    2e-4: "This rate is for adapters.",
     1e-4: "This rate is for models below 1B.",
     1e-5: "This rate is for a model that is tuned already; a base model takes 2 to 4 times as much.",
     2e-5: "This rate is for a base model; one that is tuned already takes 1e-5.",
@@ -104,21 +111,15 @@ def format_recipe(
     """Return the recipe's text, YAML with comments; `argv` is the command's, `steps` those of the run if known."""
     arguments, lisa_config, num_layers = chosen.arguments, chosen.lisa_config, number_of_decoder_layers(config)
     assert isinstance(arguments, InitArguments)
-    defaults = LisaConfig().to_dict()
-    shown = {name: value for name, value in lisa_config.to_dict().items() if value != defaults[name]}
-    gamma = shown.pop("lisa_activated_layers", lisa_config.lisa_activated_layers)
-    interval = shown.pop("lisa_interval_steps", lisa_config.lisa_interval_steps)
-    periods = ""
-    if steps is not None:
-        periods = f"# {describe_coverage(cover_layers(lisa_config, num_layers, steps), num_layers)}"
-    layers = (_ALL if gamma == num_layers else _LAYERS).format(num_layers)
+    shown = given_settings(lisa_config)
+    for name in ("lisa_preset", "lisa_activated_layers", "lisa_interval_steps"):
+        shown.pop(name, None)
     lines = [
         _head(chosen, arguments, argv),
-        "# LISA: what trains in a period, and optimizer steps in it.",
+        "# LISA: what trains.",
         "method: lisa",
         *_of_task(arguments),
-        *([] if lisa_config.by_module else [f"lisa_activated_layers: {gamma:<13}{layers}"]),
-        f"lisa_interval_steps: {interval:<15}{periods}".rstrip(),
+        *_what_trains(lisa_config, num_layers, steps),
         *(f"{name}: {_as_yaml(value)}" for name, value in shown.items()),
         "",
         "# How it is run.",
@@ -140,6 +141,21 @@ def format_recipe(
         f"learning_rate: {f'{rate:.1e}':<21}# try half and twice of it; docs/choosing.md",
     ]
     return "\n".join([*lines, _END])
+
+
+def _what_trains(lisa_config: LisaConfig, num_layers: int, steps: int | None) -> list[str]:
+    """Return lines with the preset, and with the sampled layers and their periods if there are any."""
+    preset, gamma = lisa_config.lisa_preset, lisa_config.lisa_activated_layers
+    lines = [] if preset == NONE else [f"lisa_preset: {preset:<23}{_PRESETS[str(preset)]}"]
+    if preset == NONE and not lisa_config.by_module:
+        layers = (_ALL if gamma == num_layers else _LAYERS).format(num_layers)
+        lines.append(f"lisa_activated_layers: {gamma:<13}{layers}")
+    if not lisa_config.samples:
+        return lines
+    periods = ""
+    if steps is not None:
+        periods = f"# {describe_coverage(cover_layers(lisa_config, num_layers, steps), num_layers)}"
+    return [*lines, f"lisa_interval_steps: {lisa_config.lisa_interval_steps:<15}{periods}".rstrip()]
 
 
 def _head(chosen: Chosen, arguments: InitArguments, argv: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """A run's arguments with a value in the place of all that stands for others: its preset, what is auto, TRL's names.
 
-`--lisa_activated_layers auto` and `lora_memory` are planned, or on a resume what its run had. `--loss` is one of
+`--lisa_activated_layers auto` is planned, or on a resume what its run had. `--loss` is one of
 logits: of the positions with a label, computed once and kept for the backward pass (`loss/label_logits.py`)
 chunked: TRL's own, which computes them in chunks, and again in the backward pass
 liger: Liger's, which computes them in chunks, once, and the gradients with them
@@ -23,9 +23,8 @@ from trl import get_quantization_config
 
 from lisa_dist.checkpoint.folders import checkpoints_by_age
 from lisa_dist.config import LisaConfig
-from lisa_dist.config_rules import AUTO_LAYERS, LORA_LAYERS, PLANNED_LAYERS
+from lisa_dist.config_rules import AUTO_LAYERS
 from lisa_dist.core.activation_checkpointing import AUTO, parse_budget, parse_checkpointed_layers
-from lisa_dist.core.blocks import number_of_decoder_layers
 from lisa_dist.core.sequence_parallel import check_sequence_parallel
 from lisa_dist.distributed.collectives import gather, sharing_errors
 from lisa_dist.distributed.health import ranks_of_hosts
@@ -36,16 +35,15 @@ from lisa_dist.loss.chunked import choose_loss_kernels
 from lisa_dist.loss.label_logits import why_no_label_logits
 from lisa_dist.loss.liger import settle_liger, why_no_liger_loss
 from lisa_dist.memory.plan import PlanArguments
-from lisa_dist.memory.planner import Planner, fewest_in_lora_memory, with_most_layers
-from lisa_dist.memory.trace import PlanError
+from lisa_dist.memory.planner import Planner, with_most_layers
 from lisa_dist.memory.workload import CHUNKED, LIGER, LOGITS
 from lisa_dist.optim.build import LISA_ADAMW
 from lisa_dist.optim.ops import why_no_compiler
-from lisa_dist.presets import PRESETS, choose_preset
+from lisa_dist.presets import OPTIMIZERS, PRESETS, optimizer_of_preset
 from lisa_dist.run.arguments import ALL_LINEAR, RunConfig, model_config_of
 from lisa_dist.run.task_configs import LisaOptimizerNames
 from lisa_dist.run_folder import check_state
-from lisa_dist.tasks import GRPO, SFT, has_reference
+from lisa_dist.tasks import SFT, has_reference
 from lisa_dist.text import format_bytes
 from lisa_dist.train.attention import choose_attention, packs_documents
 from lisa_dist.train.checks import precision_of_arguments
@@ -71,33 +69,33 @@ class Settled(NamedTuple):
 
 
 def apply_preset(config: RunConfig, given: Collection[str]) -> RunConfig:
-    """The run with its preset's settings, but those of the `given` names; `lisa_preset` names the preset."""
+    """Return the run with the optimizer of its preset, except the settings of the `given` names."""
     if config.run.method != "lisa":
         return config
-    given_optim = str(getattr(config.training.optim, "value", config.training.optim))
-    preset, settings = choose_preset(
-        config.run.lisa_preset,
+    settings = optimizer_of_preset(
+        str(config.lisa.lisa_preset),
         given,
-        optim=given_optim,
+        optim=str(getattr(config.training.optim, "value", config.training.optim)),
         ds_config=given_ds_config(config.training.deepspeed),
         offloaded=config.lisa.offloaded,
-        by_module=config.lisa.by_module,
         in_bf16=precision_of_arguments(config.training) == "bf16",
-        can_plan=config.run.task != GRPO and bool(config.training.max_length),
     )
     training: Any = copy.copy(config.training)
     if (optim := settings.pop("optim", None)) is not None:
         training.optim = LisaOptimizerNames.LISA_ADAMW if optim == LISA_ADAMW else OptimizerNames(optim)
-    return config._replace(
-        run=replace(config.run, lisa_preset=preset), training=training, lisa=replace(config.lisa, **settings)
-    )
+    return config._replace(training=training, lisa=replace(config.lisa, **settings))
 
 
 def describe_preset(config: RunConfig) -> str:
-    """What the settings of the run's preset are in it."""
-    preset, values = config.run.lisa_preset, vars(config.lisa) | {"optim": config.training.optim}
-    named = [name for name in PRESETS[str(preset)] if name != "lisa_activated_layers"]
-    return f"{preset}: " + ", ".join(f"{name} {getattr(values[name], 'value', values[name]) or '-'}" for name in named)
+    """Return the values that the settings of the run's preset have in it."""
+    preset, values = str(config.lisa.lisa_preset), vars(config.lisa) | {"optim": config.training.optim}
+    named = [*PRESETS[preset], *OPTIMIZERS[preset]]
+    return f"{preset}: " + ", ".join(f"{name} {_shown(values[name])}" for name in named)
+
+
+def _shown(value: Any) -> str:
+    value = getattr(value, "value", value)
+    return "-" if value in (None, "") else str(value)
 
 
 def settle(config: RunConfig, resume_from: str | bool | None) -> Settled:
@@ -178,11 +176,11 @@ def installed_versions() -> dict[str, str]:
 def check_auto_layers(config: RunConfig) -> None:
     """Raise UserError where a number of layers is to be planned, and what bounds it is not known."""
     given = config.lisa.lisa_activated_layers
-    if given not in PLANNED_LAYERS:
+    if given != AUTO_LAYERS:
         return
     if not config.training.max_length:
         raise UserError(f"--lisa_activated_layers {given}: give --max_length, which bounds what a step needs.")
-    if given == AUTO_LAYERS and config.run.gpu_memory is None and not torch.cuda.is_available():
+    if config.run.gpu_memory is None and not torch.cuda.is_available():
         rule = "there is no GPU to ask for its memory; give --gpu_memory, or a number of layers"
         raise UserError(f"--lisa_activated_layers auto: {rule}.")
 
@@ -190,14 +188,14 @@ def check_auto_layers(config: RunConfig) -> None:
 def settle_layers(
     config: RunConfig, model_config: PretrainedConfig, resume_from: str | bool | None, gpu_bytes: int | None = None
 ) -> tuple[RunConfig, str]:
-    """The run with a number of layers in the place of auto or lora, and why; every rank calls it, and rank 0 decides.
+    """The run with a number of layers in the place of auto, and why; every rank calls it, and rank 0 decides.
 
     What was given is its own reason, the empty one. `gpu_bytes` is what a GPU has for tensors, None on CPUs.
     """
     given = config.lisa.lisa_activated_layers
-    if config.run.method != "lisa" or given not in PLANNED_LAYERS:
+    if config.run.method != "lisa" or given != AUTO_LAYERS:
         return config, ""
-    if given == AUTO_LAYERS and config.run.gpu_memory is None and gpu_bytes == 0:
+    if config.run.gpu_memory is None and gpu_bytes == 0:
         raise UserError(
             "--lisa_activated_layers auto: the GPU has less free than the 1.5 GiB, or 6%, that are kept for CUDA and "
             "fragments; end what else is on it (nvidia-smi), take another GPU, or give a number of layers."
@@ -223,20 +221,13 @@ def _layers_of(
             return replace(config.lisa, lisa_activated_layers=layers), f"{layers}, as the run had that goes on"
         except (DamagedError, OSError):  # which the resume will tell of
             continue
-    given, training, loss = config.lisa.lisa_activated_layers, config.training, config.run.loss
+    training, loss = config.training, config.run.loss
     if config.run.task == SFT and loss == AUTO and _why_not(LOGITS, config, model_config) is not None:
         loss = CHUNKED
-    arguments = _plan_arguments(config, loss, gpu_bytes, bounded=given == AUTO_LAYERS)
+    arguments = _plan_arguments(config, loss, gpu_bytes)
     assert arguments is not None  # its memory is known
     ds_config = training.hf_deepspeed_config.config
-    try:
-        return with_most_layers(model_config, arguments, config.lisa, ds_config, on_cpu=training.use_cpu)
-    except PlanError as error:  # the model's own code does not run on fake tensors
-        if given != LORA_LAYERS:
-            raise
-        layers = fewest_in_lora_memory(number_of_decoder_layers(model_config))
-        why = f"{LORA_LAYERS}: {layers}, since no step can be planned: {error}"
-        return replace(config.lisa, lisa_activated_layers=layers), why
+    return with_most_layers(model_config, arguments, config.lisa, ds_config, on_cpu=training.use_cpu)
 
 
 def check_loss_of_run(config: RunConfig, model_config: PretrainedConfig) -> None:
@@ -317,13 +308,13 @@ def _logits_fit(config: RunConfig, model_config: PretrainedConfig, gpu_bytes: in
     return plan.workload.loss == LOGITS, why.removeprefix("auto: ")
 
 
-def _plan_arguments(config: RunConfig, loss: str, gpu_bytes: int | None, bounded: bool = True) -> PlanArguments | None:
-    """What is to be planned; None without a --max_length, or where it is `bounded` by a memory that nobody knows."""
+def _plan_arguments(config: RunConfig, loss: str, gpu_bytes: int | None) -> PlanArguments | None:
+    """Return what is to be planned, or None if --max_length or the memory of the GPU is unknown."""
     training, checkpointed = config.training, parse_checkpointed_layers(config.run.checkpointed_layers)
     is_lisa = config.run.method == "lisa"
     budget = parse_budget(config.run.gpu_memory, is_kept_to=True) if is_lisa else None
     budget = gpu_bytes if budget is None else budget
-    if not training.max_length or (budget is None and bounded):
+    if not training.max_length or budget is None:
         return None
     if not is_lisa or checkpointed is None:
         checkpointed = "all" if training.gradient_checkpointing else "none"
@@ -332,7 +323,7 @@ def _plan_arguments(config: RunConfig, loss: str, gpu_bytes: int | None, bounded
         str(config.model.model_name_or_path),
         gpus=training.world_size,
         gpus_per_host=int(os.environ.get("LOCAL_SIZE", training.world_size)),
-        gpu_memory=f"{1 << 60 if budget is None else budget}B",
+        gpu_memory=f"{budget}B",
         reserve="0",
         seq_length=training.max_length,
         sequence_parallel=training.sequence_parallel,
@@ -363,4 +354,4 @@ def _fits_on_the_host(training: Any, model_config: PretrainedConfig) -> tuple[bo
 
 def _lisa_config(config: RunConfig) -> LisaConfig:
     """The settings of a run that is LISA's; else the defaults."""
-    return config.lisa if config.run.method == "lisa" else LisaConfig()
+    return config.lisa if config.run.method == "lisa" else LisaConfig.plain()

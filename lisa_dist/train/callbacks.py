@@ -139,6 +139,6 @@ class LisaSteps(RunSteps):
 
     def _print_active(self, state: TrainerState) -> None:
         lisa = self._trainer.lisa
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and lisa.config.samples:
             active, kind = lisa.selection.describe(lisa.active), "modules" if lisa.config.by_module else "layers"
             print(f"step {state.global_step:>5}  period {lisa.period:>4}  active {kind}: {active}", flush=True)

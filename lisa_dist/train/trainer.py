@@ -323,8 +323,8 @@ class LisaMixin(RunMixin):
         super().log(logs, *args, **kwargs)
 
     def active_now(self) -> str:
-        """The layers, and the sampled outer blocks, of this period, or how many modules."""
-        if self.lisa is None:
+        """Return the layers and the sampled outer blocks of this period, or how many modules; "" without sampling."""
+        if self.lisa is None or not self.lisa_config.samples:
             return ""
         if self.lisa_config.by_module:
             return f"modules: {len(self.lisa.active_layers)}"

@@ -60,4 +60,4 @@ def lisa_trainer(
     of_lisa = {name: changes.pop(name) for name in list(changes) if name.startswith("lisa_")}
     model = build().to(torch.bfloat16 if changes.get("bf16") else torch.float32)
     args = cpu_arguments(output_dir, **changes)
-    return kind(model=model, args=args, train_dataset=rows, lisa_config=LisaConfig(**of_lisa), **own)
+    return kind(model=model, args=args, train_dataset=rows, lisa_config=LisaConfig.plain(**of_lisa), **own)

@@ -351,7 +351,7 @@ def test_a_plan_of_a_task_is_what_a_step_takes(tmp_path, task, stage):
     asked = PlanArguments(
         "model", task=task, reserve="0", seq_length=64, micro_batch_size=4, precision="fp32", checkpointed_layers="0"
     )
-    planner = Planner(AutoConfig.from_pretrained("model"), asked, LisaConfig(), on_cpu=True)
+    planner = Planner(AutoConfig.from_pretrained("model"), asked, LisaConfig.plain(), on_cpu=True)
     planned = planner.cheapest(stage).gpu
     assert planned.reference == (0 if task in ("orpo", "reward") else measured["weights"])
     assert planned.peak == pytest.approx(measured["peak"], rel=0.05)

@@ -93,7 +93,7 @@ from lisa_dist import LisaConfig
 )
 def test_bad_settings_are_named(settings, said):
     with pytest.raises(ValueError, match="lisa_") as error:
-        LisaConfig(**settings)
+        LisaConfig.plain(**settings)
     assert said in str(error.value)
 
 
@@ -118,13 +118,14 @@ def test_blocks_come_in_model_order():
 def test_adapters_are_always_on_at_a_rate_of_their_own():
     config = LisaConfig(lisa_adapters=4, lisa_always_on="rest", lisa_frozen="embed,head", lisa_activated_layers=0)
     assert (config.always_on, config.lisa_always_on) == (("rest", "adapters"), "rest")
-    assert (config.lr_scales, config.lisa_lr_scale) == ({"adapters": 16}, "")
-    scales = {rank: LisaConfig(lisa_adapters=rank).lr_scales for rank in (4, 16, 64)}
+    assert (config.lr_scales, config.lisa_lr_scale) == ({}, ""), "no layer is sampled, so the rate is theirs"
+    assert LisaConfig().lr_scales == {"embed": 0.1, "head": 0.1}
+    scales = {rank: LisaConfig.plain(lisa_adapters=rank).lr_scales for rank in (4, 16, 64)}
     assert scales == {rank: {"embed": 2, "head": 2, "adapters": rate} for rank, rate in ((4, 16), (16, 16), (64, 8))}
     assert replace(config, lisa_adapters=None, lisa_activated_layers=1).always_on == ("rest",)
-    given = LisaConfig(lisa_adapters=4, lisa_lr_scale="head=1,adapters=3").lr_scales
+    given = LisaConfig.plain(lisa_adapters=4, lisa_lr_scale="head=1,adapters=3").lr_scales
     assert given == {"embed": 2, "head": 1, "adapters": 3}
-    assert LisaConfig().lr_scales == {}
+    assert LisaConfig.plain().lr_scales == {}
 
 
 def test_offload_of_a_frozen_block_is_warned_of():
@@ -138,4 +139,4 @@ def test_a_scale_of_what_does_not_train_is_said():
         LisaConfig(lisa_lr_scale="embed=0.5", lisa_always_on="rest", lisa_frozen="embed,head")
     with pytest.warns(UserWarning, match="layers does not train"):
         LisaConfig(lisa_lr_scale="layers=0.123456789", lisa_activated_layers=0)
-    assert LisaConfig(lisa_lr_scale="layers=0.123456789").lr_scales == {"layers": 0.123456789}
+    assert LisaConfig.plain(lisa_lr_scale="layers=0.123456789").lr_scales == {"layers": 0.123456789}

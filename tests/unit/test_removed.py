@@ -30,6 +30,8 @@ GIVEN = [
     ("lisa_sampler", "cyclic"),
     ("lisa_sampler", "window"),
     ("lisa_interval_steps", "auto"),
+    ("lisa_preset", "lora"),
+    ("lisa_activated_layers", "lora"),
 ]
 NAMED = [row for row in GIVEN if row[0] in REMOVED]
 
@@ -50,13 +52,13 @@ def said_by(function, *args, **named) -> str:
 def test_every_one_is_tried():
     assert {name if name in REMOVED else f"{name} {value}" for name, value in GIVEN} == REMOVED.keys()
     assert not REMOVED.keys() & {field.name for field in fields(LisaConfig)}
-    assert len(fields(LisaConfig)) == 21
+    assert len(fields(LisaConfig)) == 22
 
 
 @pytest.mark.parametrize(("name", "value"), GIVEN)
 def test_python_is_answered(name, value):
     assert said_by(LisaConfig, **{name: value}).startswith(line_of(name, value))
-    assert said_by(replace, LisaConfig(), **{name: value}).startswith(line_of(name, value))
+    assert said_by(replace, LisaConfig.plain(), **{name: value}).startswith(line_of(name, value))
 
 
 @pytest.mark.parametrize("name", [name for name, _ in NAMED])
@@ -99,22 +101,22 @@ def test_a_recipe_that_writes_old_defaults_out_is_read(tmp_path):
 
 def saved_state(changes: dict) -> dict:
     """A run of release 0.1.0 in the middle of a period, where no other setting may come in."""
-    state = LisaController(tiny_llama(), LisaConfig()).state_dict() | {"step": 7, "probed": None, "woken": []}
+    state = LisaController(tiny_llama(), LisaConfig.plain()).state_dict() | {"step": 7, "probed": None, "woken": []}
     state["config"] |= {name: removed.default for name, removed in REMOVED.items() if " " not in name} | changes
     return json.loads(json.dumps(state))
 
 
 def test_a_checkpoint_with_old_defaults_is_resumed():
-    lisa = LisaController(tiny_llama(), LisaConfig())
+    lisa = LisaController(tiny_llama(), LisaConfig.plain())
     lisa.load_state_dict(saved_state({}))
-    assert lisa.active_layers == LisaController(tiny_llama(), LisaConfig()).active_layers
+    assert lisa.active_layers == LisaController(tiny_llama(), LisaConfig.plain()).active_layers
 
 
 @pytest.mark.parametrize(("name", "value"), GIVEN)
 def test_a_checkpoint_of_a_run_that_used_one_is_refused(tmp_path, name, value):
     """Before anything is loaded, in a run of ours and in a loop of one's own."""
     state = saved_state({name: value})
-    said = said_by(LisaController(tiny_llama(), LisaConfig()).load_state_dict, state)
+    said = said_by(LisaController(tiny_llama(), LisaConfig.plain()).load_state_dict, state)
     assert said.startswith(f"the run saved at step 7 had {line_of(name, value)}")
     assert said.endswith("in a new run from its weights, or resume this one by the release that saved it.")
     folder = tmp_path / "checkpoint-7"

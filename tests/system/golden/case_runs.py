@@ -43,7 +43,7 @@ def train_in_loop(case: dict, save_to: Path, resume_from: Path | None) -> list[d
     if resume_from is not None:
         state = json.loads((resume_from / "lisa_state.json").read_text())
         # Settings that only one of the releases has are as by default.
-        state["lisa"]["config"] = lisa_dist.LisaConfig().to_dict() | state["lisa"]["config"]
+        state["lisa"]["config"] = lisa_dist.LisaConfig(lisa_activated_layers=2).to_dict() | state["lisa"]["config"]
         lisa_dist.load_checkpoint(lisa, resume_from, state)
     steps = []
     while engine.global_steps < STEPS:

@@ -36,7 +36,7 @@ def test_the_recipe_is_one_that_a_run_takes(tiny, tmp_path, capsys):
     assert data_args.dataset_name == ["rows.jsonl"]
     assert data_args.eval_rows == 0.02
     assert model_args.model_name_or_path == tiny
-    assert (lisa_config.lisa_interval_steps, lisa_config.lisa_activated_layers) == (7, 3), "half of them"
+    assert (lisa_config.lisa_interval_steps, lisa_config.lisa_activated_layers) == (7, 2), "K asks for sampling"
     assert (training_args.output_dir, training_args.global_batch_size) == ("runs/model", 32), "16 GPUs, two each"
     assert training_args.bf16 is False
     assert run_args.loss == "chunked"
@@ -107,45 +107,45 @@ def test_nothing_is_given_up_without_need(tmp_path):
     needs = {}
     for fallback in FALLBACKS:
         asked_so = InitArguments(**asked | ({} if fallback.optim is None else {"optim": fallback.optim}))
-        plans = make_plans(config, asked_so, LisaConfig(**fallback.settings))
+        plans = make_plans(config, asked_so, LisaConfig.plain(**fallback.settings))
         needs[fallback.name] = min(
             one.gpu.needed for one in plans if one.ds_config.endswith("_offload") == fallback.offloads
         )
     reached = set()
     for need in needs.values():
-        chosen = choose(InitArguments(**asked, gpu_memory=f"{need + (3 << 29)}B"), LisaConfig())
+        chosen = choose(InitArguments(**asked, gpu_memory=f"{need + (3 << 29)}B"), LisaConfig.plain())
         assert chosen.fallback.name == next(name for name, theirs in needs.items() if theirs <= need)
         assert chosen.plan.gpu.needed <= need
-        assert chosen.lisa_config == LisaConfig(**chosen.fallback.settings)
+        assert chosen.lisa_config == LisaConfig.plain(**chosen.fallback.settings)
         assert chosen.arguments.optim == (chosen.fallback.optim or "adamw_torch_fused")
         reached.add(chosen.fallback.name)
     assert len(reached) > 4, needs
 
 
-def test_plan_and_init_have_one_number_and_one_batch(tiny, tmp_path, capsys):
-    """`--lisa_preset lora_memory`; a run's is in run/test_settle.py. A small model trains half of its layers."""
+def test_plan_and_init_have_one_default_and_one_batch(tiny, tmp_path, capsys):
+    """A run's default is in run/test_settle.py."""
     path = tmp_path / "recipe.yaml"
     main(["--model", tiny, "--gpu_memory", "4GiB", "--recipe", str(path)])
     tried = capsys.readouterr().err.splitlines()
     assert tried[0].startswith("trying zero1, zero2: moments in 8 bits or by row and column")
     assert len(tried) == 1, "the first that fits"
     recipe = yaml.safe_load(path.read_text())
-    assert (recipe["lisa_activated_layers"], recipe["global_batch_size"], recipe["learning_rate"]) == (3, 16, 1e-4)
+    assert (recipe["lisa_preset"], recipe["global_batch_size"], recipe["learning_rate"]) == ("adapters", 16, 1e-3)
+    assert not {"lisa_activated_layers", "lisa_interval_steps"} & recipe.keys(), "nothing is sampled"
     plan_command.main(["--model", tiny, "--gpu_memory", "4GiB"])
     command = capsys.readouterr().out.splitlines()[-1]
     assert "--gradient_accumulation_steps 16 " in command
-    assert "--lisa_activated_layers 3 --lisa_state_bits embed=factored,head=factored,layers=8" in command
-    assert command.endswith("--learning_rate 0.0001")
-    plan_command.main(["--model", tiny, "--gpu_memory", "4GiB", "--lisa_preset", "adapters"])
+    states = "--lisa_state_bits embed=factored,head=factored,layers=8 --lisa_master bf16_sr"
+    assert f"{states} --lisa_preset adapters --learning_rate 0.001" in command
+    plan_command.main(["--model", tiny, "--gpu_memory", "4GiB", "--lisa_adapters", "8"])
     command = capsys.readouterr().out.splitlines()[-1]
-    of_preset = "--lisa_state_bits embed=8,head=8,layers=8 --lisa_master bf16_sr --lisa_frozen_bits 8 "
-    assert f"--lisa_adapters 32 {of_preset}" in command
+    assert f"--lisa_adapters 8 {states} --lisa_preset adapters" in command
     for preset, layers in (("none", 2), ("paper", 2)):
         plan_command.main(["--model", tiny, "--gpu_memory", "4GiB", "--lisa_preset", preset])
         command = capsys.readouterr().out.splitlines()[-1]
         assert "--optim adamw_torch_fused --bf16 True " in command
-        assert f"--lisa_activated_layers {layers} " in command
-        assert ("--lisa_state reset_all" in command) == (preset == "paper")
+        assert (f"--lisa_activated_layers {layers} " in command) == (preset == "none")
+        assert ("--lisa_preset paper" in command) == (preset == "paper")
 
 
 def test_a_rate_is_for_lisa_alone(tiny, capsys):
@@ -160,29 +160,29 @@ def test_paper_begins_with_states_in_32_bits(tiny, tmp_path):
     main(["--model", tiny, "--gpu_memory", "4GiB", "--lisa_preset", "paper", "--recipe", str(path)])
     assert "AdamW in 32 bits, as published" in path.read_text()
     recipe = yaml.safe_load(path.read_text())
-    assert (recipe["optim"], recipe["lisa_state"]) == ("adamw_torch_fused", "reset_all")
+    assert (recipe["optim"], recipe["lisa_preset"]) == ("adamw_torch_fused", "paper")
+    assert "lisa_state" not in recipe, "the preset has it"
     assert "lisa_state_bits" not in recipe
 
 
 def test_what_a_rung_has_of_a_preset():
-    """lora_memory has the small states, on the GPU alone; paper all fallbacks, each with fresh states in a period."""
-    arguments = {name: InitArguments("llama3.1-8b", lisa_preset=name) for name in ("lora_memory", "paper")}
-    tried = {
-        name: [*possible_fallbacks(asked, LisaConfig(), preset_settings(asked, LisaConfig(), ("lisa_preset",)))]
-        for name, asked in arguments.items()
-    }
+    """adapters has small states, on the GPU alone; paper has all fallbacks, each with new states in a period."""
+    tried, arguments = {}, InitArguments("llama3.1-8b")
+    for name in ("adapters", "paper"):
+        config = LisaConfig(lisa_preset=name)
+        tried[name] = [*possible_fallbacks(arguments, config, preset_settings(arguments, config, ("lisa_preset",)))]
     assert [fallback for fallback, *_ in tried["paper"]] == [*FALLBACKS]
     for fallback, asked, settings in tried["paper"]:
         assert (settings.lisa_state, asked.optim) == ("reset_all", fallback.optim or "adamw_torch_fused")
         assert {name: getattr(settings, name) for name in fallback.settings} == fallback.settings, fallback.name
-    assert [fallback for fallback, *_ in tried["lora_memory"]] == [
-        fallback for fallback in FALLBACKS if fallback.optim or fallback.offloads
+    assert [fallback for fallback, *_ in tried["adapters"]] == [
+        one for one in FALLBACKS if (one.optim or one.offloads) and "lisa_always_on" not in one.settings
     ]
-    for fallback, asked, settings in tried["lora_memory"]:
+    for fallback, asked, settings in tried["adapters"]:
         assert (settings.lisa_master == "bf16_sr") == (asked.optim == "lisa_adamw") == (not fallback.offloads), (
             fallback.name
         )
-        assert settings.lisa_activated_layers == (2 if fallback.offloads else "lora_memory")
+        assert (settings.lisa_activated_layers, settings.lisa_adapters) == (0, 32)
 
 
 def test_full_training_is_called_so(tiny, tmp_path):
@@ -204,7 +204,10 @@ def test_full_training_is_called_so(tiny, tmp_path):
     ],
 )
 def test_the_rate_is_of_the_model_and_the_task(model, task, rate):
-    assert learning_rate(model, load_model_config("llama3.1-8b"), task) == pytest.approx(rate)
+    config = load_model_config("llama3.1-8b")
+    assert learning_rate(model, config, LisaConfig(lisa_activated_layers=2), task) == pytest.approx(rate)
+    of_adapters = 2e-4 if task in ("sft", "reward") else 2e-5
+    assert learning_rate(model, config, LisaConfig(), task) == pytest.approx(of_adapters)
 
 
 def test_settings_that_are_given_stay(tiny):
@@ -213,7 +216,7 @@ def test_settings_that_are_given_stay(tiny):
     assert chosen.lisa_config == LisaConfig(lisa_activated_layers=4)
     assert not any(chosen.plan.lacks(arguments))
     with pytest.raises(UserError, match="nothing fits"):
-        choose(InitArguments(tiny, gpu_memory="1GiB"), LisaConfig(lisa_offload="embed,head"))
+        choose(InitArguments(tiny, gpu_memory="1GiB"), LisaConfig.plain(lisa_offload="embed,head"))
 
 
 @pytest.mark.parametrize("form", ["16", "fp8"])
@@ -230,11 +233,14 @@ def test_no_rung_changes_what_is_given(tiny):
     common = {"model": tiny, "reserve": "0", "seq_length": 512, "checkpointed_layers": "all"}
     config = load_model_config(tiny)
     peaks = [
-        min(one.gpu.needed for one in make_plans(config, InitArguments(**common), LisaConfig(**settings), ["zero2"]))
+        min(
+            one.gpu.needed
+            for one in make_plans(config, InitArguments(**common), LisaConfig.plain(**settings), ["zero2"])
+        )
         for settings in (given, given | {"lisa_always_on": "rest"})
     ]
     assert peaks[1] < peaks[0]
-    chosen = choose(InitArguments(**common, gpu_memory=f"{peaks[1]}B"), LisaConfig(**given))
+    chosen = choose(InitArguments(**common, gpu_memory=f"{peaks[1]}B"), LisaConfig.plain(**given))
     assert chosen.lisa_config == LisaConfig(**given, lisa_always_on="rest")
 
 
@@ -293,16 +299,19 @@ def test_what_cannot_be_done_is_one_line(tiny, flags, said, capsys):
     assert f"lisa-dist init: {said}" in capsys.readouterr().out
 
 
+LAYERS = ["--lisa_activated_layers", "3"]
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "interval", "said"),
     [
-        (3000, [], 20, "10 periods in 184 steps; 6 of 6 layers"),
+        (3000, LAYERS, 20, "10 periods in 184 steps; 6 of 6 layers"),
         (300, ["--lisa_activated_layers", "2"], 5, "4 periods in 19 steps; 4.8 of 6 layers"),
-        (800, [], 16, "4 periods in 49 steps; 5.6 of 6 layers"),
-        (100, [], 5, "2 periods in 7 steps; 4.5 of 6 layers"),  # 1 would be better, but has no momentum
-        (100, ["--lisa_interval_steps", "20"], 20, "1 period in 7 steps; 3 of 6 layers"),
+        (800, LAYERS, 16, "4 periods in 49 steps; 5.6 of 6 layers"),
+        (100, LAYERS, 5, "2 periods in 7 steps; 4.5 of 6 layers"),  # 1 would be better, but has no momentum
+        (100, [*LAYERS, "--lisa_interval_steps", "20"], 20, "1 period in 7 steps; 3 of 6 layers"),
         (100, ["--lisa_preset", "paper"], 20, "1 period in 7 steps; 2 of 6 layers"),
-        (100, ["--lisa_sampler", "reshuffle"], 6, "2 periods in 7 steps; 6 of 6 layers"),
+        (100, [*LAYERS, "--lisa_sampler", "reshuffle"], 6, "2 periods in 7 steps; 6 of 6 layers"),
     ],
 )
 def test_k_is_chosen_by_the_rows_of_a_local_file(tiny, tmp_path, capsys, rows, flags, interval, said):
@@ -316,5 +325,5 @@ def test_k_is_chosen_by_the_rows_of_a_local_file(tiny, tmp_path, capsys, rows, f
 def test_k_is_20_where_rows_are_not_counted(tiny, tmp_path, capsys):
     (tmp_path / "rows.txt").write_text("a text\n" * 9)
     for name in (str(tmp_path / "rows.txt"), "openai/gsm8k"):
-        main(["--model", tiny, "--gpu_memory", "4GiB", "--dataset_name", name])
+        main(["--model", tiny, "--gpu_memory", "4GiB", "--dataset_name", name, *LAYERS])
         assert "\nlisa_interval_steps: 20\n" in capsys.readouterr().out

@@ -184,7 +184,7 @@ def test_what_was_frozen_before_stays_outside():
     model.model.embed_tokens.requires_grad_(False)
     for layer in model.model.layers:
         layer.mlp.requires_grad_(False)
-    lisa = LisaController(model, LisaConfig())
+    lisa = LisaController(model, LisaConfig.plain())
     check_partition(model, lisa.blocks)
     assert set(lisa.blocks.outside.parameters) == {
         name for name in dict(model.named_parameters()) if "mlp" in name or "embed" in name
@@ -202,19 +202,19 @@ def test_what_lisa_has_frozen_is_not_taken_for_the_users_choice():
     blocks.layers[0].requires_grad_(True)
     model.lm_head.requires_grad_(False)
     blocks.head.requires_grad_(False)  # as it is already
-    again = LisaController(model, LisaConfig()).blocks
+    again = LisaController(model, LisaConfig.plain()).blocks
     assert set(again.outside.parameters) == {"lm_head.weight"}
     blocks.layers[0].requires_grad_(True)
     model.model.layers[0].requires_grad_(False)  # by the user, after LISA has let it train
     with pytest.raises(ValueError, match=r"layers\.1 has parameters of the kinds .* freeze the same in each"):
-        LisaController(model, LisaConfig())
+        LisaController(model, LisaConfig.plain())
 
 
 def test_a_model_with_nothing_left_to_train_is_refused():
     model = tiny_llama()
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="every parameter of the decoder layers is frozen"):
-        LisaController(model, LisaConfig())
+        LisaController(model, LisaConfig.plain())
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -226,7 +226,7 @@ def test_adapters_are_refused(wrapped):
     else:
         peft.inject_adapter_in_model(lora, model)
     with pytest.raises(ValueError, match=r"has adapters \(peft\): .* --method lora"):
-        LisaController(model, LisaConfig())
+        LisaController(model, LisaConfig.plain())
 
 
 def test_as_many_experts_as_layers_are_no_layers():

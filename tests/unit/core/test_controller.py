@@ -77,7 +77,7 @@ TIED = "one tied matrix; give both the same"
 )
 def test_settings_that_do_not_fit_the_model(build, settings, said):
     with pytest.raises(ValueError, match="--lisa_") as error:
-        LisaController(build(), lisa_dist.LisaConfig(**settings))
+        LisaController(build(), lisa_dist.LisaConfig.plain(**settings))
     assert said in str(error.value)
 
 
@@ -158,7 +158,7 @@ def disagree(what: str) -> str:
             LisaController(tiny_llama(), lisa_dist.LisaConfig(lisa_interval_steps=2 + rank))
         elif what == "period":
             model = tiny_llama()
-            lisa = LisaController(model, lisa_dist.LisaConfig())
+            lisa = LisaController(model, lisa_dist.LisaConfig.plain())
             engine, _ = engine_for(model, lisa, "zero3")
             lisa.period = rank
             lisa.attach(engine)
@@ -196,7 +196,7 @@ def test_ranks_that_disagree_are_named_on_every_rank(what, said):
 
 def attach_wrongly(what: str) -> str:
     model = tiny_llama()
-    lisa = LisaController(model, lisa_dist.LisaConfig())
+    lisa = LisaController(model, lisa_dist.LisaConfig.plain())
     params, ds_config = lisa.param_groups(), lisa_dist.load_ds_config("zero2", model=model)
     if what == "stage 0":
         ds_config = {"train_micro_batch_size_per_gpu": 1}
@@ -233,7 +233,7 @@ def test_an_engine_that_cannot_work_is_refused(what, said):
 def test_a_deepspeed_outside_the_range_is_refused_at_start(monkeypatch, version):
     monkeypatch.setattr(stages.metadata, "version", lambda name: version)
     with pytest.raises(ValueError, match=f"DeepSpeed {version} is installed") as error:
-        LisaController(tiny_llama(), lisa_dist.LisaConfig())
+        LisaController(tiny_llama(), lisa_dist.LisaConfig.plain())
     assert "pip install 'deepspeed>=0.19.8,<0.20'" in str(error.value)
 
 
@@ -264,7 +264,7 @@ def test_the_log_has_a_line_for_each_period(tmp_path):
 
 def test_a_ds_config_that_cannot_work_is_refused_before_there_is_an_engine():
     with pytest.raises(ValueError, match=r"the DeepSpeed config has zero_optimization\.stage = 0"):
-        prepare_ds_config({"zero_optimization": {"stage": 0}}, lisa_dist.LisaConfig(), "adamw_torch", "fp32")
+        prepare_ds_config({"zero_optimization": {"stage": 0}}, lisa_dist.LisaConfig.plain(), "adamw_torch", "fp32")
 
 
 def train_with_sampled_blocks() -> tuple[dict[str, int], list[list[str]]]:

@@ -65,7 +65,7 @@ def train_and_check(ds_config: str, build, dtype: torch.dtype, options: dict) ->
     engine, lisa = lisa_dist.initialize(
         model,
         ds_config,
-        lisa_dist.LisaConfig(**settings),
+        lisa_dist.LisaConfig.plain(**settings),
         lr=LR,
         weight_decay=DECAY,
         optim=options.get("optim", "adamw_torch"),

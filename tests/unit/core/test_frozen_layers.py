@@ -45,7 +45,7 @@ def start(build, ds_config, settings, optim="adamw_torch", seed=0):
     if settings.pop("checkpointing", False):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return lisa_dist.initialize(
-        model, ds_config, lisa_dist.LisaConfig(**settings), lr=1e-3, weight_decay=0.1, optim=optim
+        model, ds_config, lisa_dist.LisaConfig.plain(**settings), lr=1e-3, weight_decay=0.1, optim=optim
     )
 
 
@@ -328,7 +328,7 @@ def test_all_ranks_hold_the_weights_of_rank_0():
 
 def load_before_attach() -> dict:
     """A state of other layers than period 0's, given to a controller that has no engine yet."""
-    lisa = lisa_dist.LisaController(bf16_llama(), lisa_dist.LisaConfig(lisa_frozen_bits=4))
+    lisa = lisa_dist.LisaController(bf16_llama(), lisa_dist.LisaConfig.plain(lisa_frozen_bits=4))
     state = lisa.state_dict() | {"active_layers": [layer for layer in range(6) if layer not in lisa.active_layers][:2]}
     lisa.load_state_dict(state)
     weights = [list(block.parameters.values()) for block in lisa.blocks.layers]
@@ -348,7 +348,7 @@ def test_a_model_that_is_held_can_be_trained_by_no_other():
     model = bf16_llama()
     frozen_layers(model, active=(0,))
     with pytest.raises(ValueError, match=r"are quantized by an earlier run .*: load the model anew"):
-        lisa_dist.LisaController(model, lisa_dist.LisaConfig())
+        lisa_dist.LisaController(model, lisa_dist.LisaConfig.plain())
     model.requires_grad_(True)
     with pytest.raises(RuntimeError, match="frozen layers are quantized by a LISA run: load it anew"):
         model(token_batches(1, rows=1)[0, 0])
@@ -458,4 +458,4 @@ def test_the_first_rank_s_weights_are_enough(build):
 )
 def test_engines_that_cannot_hold_are_refused(ds_config, said):
     with pytest.raises(ValueError, match=said):
-        lisa_dist.initialize(tiny_llama(), ds_config, lisa_dist.LisaConfig(lisa_frozen_bits=4))
+        lisa_dist.initialize(tiny_llama(), ds_config, lisa_dist.LisaConfig.plain(lisa_frozen_bits=4))

@@ -70,7 +70,7 @@ def spoil_the_last_step(takes_norm: bool) -> str:
     ds_config = read_ds_config("zero2")
     ds_config["zero_optimization"]["compute_grad_norm"] = takes_norm
     how = {"optim": "lisa_adamw", "max_grad_norm": float(takes_norm)}
-    engine, lisa = lisa_dist.initialize(tiny_llama().to(torch.bfloat16), ds_config, lisa_dist.LisaConfig(), **how)
+    engine, lisa = lisa_dist.initialize(tiny_llama().to(torch.bfloat16), ds_config, lisa_dist.LisaConfig.plain(), **how)
     for index, (tokens,) in enumerate(token_batches(2, rows=4)):
         step(engine, lisa, tokens, "gradient" if index == 1 else None)
     with pytest.raises(SharedError, match="not finite") as error:  # of which rank 0 prints one line

@@ -9,7 +9,7 @@ from lisa_dist.core.controller import LisaController
 
 def test_a_state_without_newer_settings_has_them_as_by_default():
     """In the middle of a period, where no other setting may come in."""
-    lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig())
+    lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig.plain())
     state = lisa.state_dict() | {"step": 7}
     for name in ("lisa_unit", "lisa_lr_scale", "lisa_frozen_bits"):
         del state["config"][name]
@@ -28,7 +28,7 @@ def test_a_state_without_newer_settings_has_them_as_by_default():
     ],
 )
 def test_a_state_of_another_kind_is_refused(change, said):
-    lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig())
+    lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig.plain())
     with pytest.raises(ValueError, match=said):
         lisa.load_state_dict(lisa.state_dict() | change)
 
@@ -59,7 +59,10 @@ def test_other_settings_begin_with_a_period_only(settings, said):
 
 
 def test_settings_that_decide_on_no_layer_may_change_at_any_step():
-    saved = LisaController(tiny_llama(), lisa_dist.LisaConfig()).state_dict() | {"step": 7, "active_layers": [1, 4]}
+    saved = LisaController(tiny_llama(), lisa_dist.LisaConfig.plain()).state_dict() | {
+        "step": 7,
+        "active_layers": [1, 4],
+    }
     lisa = LisaController(tiny_llama(), lisa_dist.LisaConfig(lisa_state="reset_all", lisa_debug=True))
     lisa.load_state_dict(saved)
     assert lisa.active_layers == (1, 4)

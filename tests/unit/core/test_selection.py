@@ -34,7 +34,7 @@ MODULES = {"lisa_unit": "module", "lisa_budget": "8%"}
 def by_module(model, **settings) -> BlockSelection:
     blocks = split_into_modules(model, find_blocks(model))
     blocks.leave_out_frozen()
-    return BlockSelection(LisaConfig(**MODULES | settings), blocks)
+    return BlockSelection(LisaConfig.plain(**MODULES | settings), blocks)
 
 
 def test_there_is_a_slot_for_the_most_modules_that_fit():
@@ -98,7 +98,7 @@ def test_modules_have_no_probabilities_of_their_own():
 
 
 def test_a_budget_may_change_where_a_period_begins():
-    state = LisaController(tiny_llama(), LisaConfig(**MODULES)).state_dict()
+    state = LisaController(tiny_llama(), LisaConfig.plain(**MODULES)).state_dict()
     other = LisaController(tiny_llama(), LisaConfig(**MODULES | {"lisa_budget": "30%"}))
     with pytest.raises(ValueError, match=r"--lisa_budget 30% \(it had 8%\)"):
         other.load_state_dict(state | {"step": 5})

@@ -99,8 +99,8 @@ def test_an_allocator_that_runs_is_told(monkeypatch, unset, of_torch_2_9):
         monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", told.append)
     else:
         monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
-    LisaController(model, LisaConfig())
-    LisaController(model, LisaConfig())  # whoever sets it, once is enough
+    LisaController(model, LisaConfig.plain())
+    LisaController(model, LisaConfig.plain())  # whoever sets it, once is enough
     assert told == [GROWING]
 
 

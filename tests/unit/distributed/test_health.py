@@ -105,7 +105,7 @@ def test_a_run_that_never_logs_keeps_little():
 
 
 def slow_rank(ds_config: str, slow: int) -> tuple[int, float, str, tuple[int, float, str]]:
-    engine, lisa = lisa_dist.initialize(tiny_llama(), ds_config, lisa_dist.LisaConfig(), lr=1e-4)
+    engine, lisa = lisa_dist.initialize(tiny_llama(), ds_config, lisa_dist.LisaConfig.plain(), lr=1e-4)
     times = ComputeTime(engine.module, torch.device("cpu"), lisa.partitions.weights_are_sharded)
     batches = token_batches(4, rows=2)
 

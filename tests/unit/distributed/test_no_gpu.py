@@ -110,6 +110,6 @@ def test_another_accelerator_is_told_before_a_model_is_looked_for(monkeypatch, t
     assert line.startswith(f"lisa-dist: DeepSpeed has found an accelerator of the kind {kind} here, ")
     assert line.endswith(": export DS_ACCELERATOR=cpu.")
     with pytest.raises(UserError, match="export DS_ACCELERATOR=cpu"):
-        LisaController(tiny_llama(), LisaConfig())
+        LisaController(tiny_llama(), LisaConfig.plain())
     with pytest.raises(UserError, match="export DS_ACCELERATOR=cpu"):
         begin_deepspeed([TrainingArguments(output_dir=str(tmp_path), use_cpu=True)], "zero2")

@@ -298,16 +298,16 @@ def outcome_of_check(model: str, kernels: dict | None, settings: dict, changes: 
         config.hidden_act = "relu"
     args = arguments_with(liger_kernel_config=kernels, **changes)
     try:
-        return check_liger(args, config, LisaConfig(**settings), trl_head), args.liger_kernel_config
+        return check_liger(args, config, LisaConfig.plain(**settings), trl_head), args.liger_kernel_config
     except UserError as error:
         return str(error), None
 
 
 def reasons_against_its_loss() -> list[str | None]:
-    args, config = arguments_with(), LisaConfig()
+    args, config = arguments_with(), LisaConfig.plain()
     args.loss_type = "nll"
     reasons = [why_no_liger_loss(args, model.config, config) for model in (tiny_llama(), tiny_gpt2(), tiny_mixtral())]
-    reasons.append(why_no_liger_loss(args, tiny_llama().config, LisaConfig(**HEAD_ALONE)))
+    reasons.append(why_no_liger_loss(args, tiny_llama().config, LisaConfig.plain(**HEAD_ALONE)))
     args.loss_type = "dft"
     return [*reasons, why_no_liger_loss(args, tiny_llama().config, config)]
 
@@ -365,7 +365,7 @@ def settled() -> list:
         args.use_liger_kernel = given
         vars(args).update(changes)
         with mock.patch.object(torch.cuda, "is_available", return_value=on_gpu):
-            settle_liger(args, config, LisaConfig())
+            settle_liger(args, config, LisaConfig.plain())
         found.append((args.use_liger_kernel, args.liger_kernel_config))
     return found
 
@@ -394,4 +394,4 @@ def test_it_needs_a_device_a_compiler_and_the_package(monkeypatch, missing, said
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing == "package" else name)
     monkeypatch.setitem(sys.modules, "liger_kernel", None)  # as one that fails at its import
     with pytest.raises(UserError, match=said):
-        check_liger(arguments_with(), tiny_llama().config, LisaConfig())
+        check_liger(arguments_with(), tiny_llama().config, LisaConfig.plain())

@@ -116,7 +116,7 @@ def ds_config_of(name: str, settings: dict) -> dict:
 
 def planned_step(ds_config: str, world_size: int, dtype: torch.dtype, settings: dict, layers, drawn) -> list:
     optim = settings.get("optim", "adamw_torch_fused")
-    config = lisa_dist.LisaConfig(**{name: value for name, value in settings.items() if name.startswith("lisa_")})
+    config = lisa_dist.LisaConfig.plain(**{name: value for name, value in settings.items() if name.startswith("lisa_")})
     model_config = model_of(settings).config
     rows, length = shape_of(model_config)
     checkpointed = model_config.num_hidden_layers if settings.get("checkpointing") else 0

@@ -100,7 +100,7 @@ def test_a_plan_is_what_a_step_of_lora_allocates(ds_config, world_size, dtype, l
     model_config = model.config
     settings = StageSettings.of(read_ds_config(ds_config), model_config.hidden_size)
     estimate = StepEstimate(
-        FakeRuns(model_config), lisa_dist.LisaConfig(), world_size, "adamw_torch_fused", "lora", lora, on_cpu=True
+        FakeRuns(model_config), lisa_dist.LisaConfig.plain(), world_size, "adamw_torch_fused", "lora", lora, on_cpu=True
     )
     planned, _ = estimate.worst(settings, Workload(LENGTH, ROWS, dtype, loss=OWN))
     for _ in range(3):

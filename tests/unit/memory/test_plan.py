@@ -98,7 +98,7 @@ def test_the_plot_shows_parts_that_add_up_to_the_peak(tiny_config, tmp_path, cap
     path = tmp_path / "plans.png"
     main(["--model", tiny_config, "--plot", str(path), "--gpu_memory", "2GiB"])
     assert path.read_bytes().startswith(b"\x89PNG")
-    for plan in make_plans(load_model_config(tiny_config), PlanArguments(tiny_config), lisa_dist.LisaConfig()):
+    for plan in make_plans(load_model_config(tiny_config), PlanArguments(tiny_config), lisa_dist.LisaConfig.plain()):
         parts = plan.gpu.at_peak()
         assert sum(parts[name] for _, fields in PLANNED_PARTS for name in fields) == plan.gpu.peak
     with pytest.raises(SystemExit, match="2"):
@@ -109,7 +109,7 @@ def test_the_plot_shows_parts_that_add_up_to_the_peak(tiny_config, tmp_path, cap
 def test_the_command_says_what_was_planned(tiny_config):
     def command(lisa=None, **changes):
         arguments = PlanArguments(tiny_config, deepspeed="zero2", **changes)
-        config = lisa or lisa_dist.LisaConfig()
+        config = lisa or lisa_dist.LisaConfig.plain()
         return command_for(make_plans(load_model_config(tiny_config), arguments, config)[0], arguments)
 
     folder = str(Path(tiny_config).parent)
@@ -137,7 +137,7 @@ def test_the_command_says_what_was_planned(tiny_config):
         make_plans(
             load_model_config(tiny_config),
             PlanArguments(tiny_config, deepspeed="zero3", **in_4_bits),
-            lisa_dist.LisaConfig(),
+            lisa_dist.LisaConfig.plain(),
         )
     copies = command(method="lora", lora_modules_to_save=["embed_tokens,lm_head"])
     assert " --lora_dropout 0.0 --lora_modules_to_save embed_tokens,lm_head --checkpointed_layers " in copies

@@ -24,7 +24,7 @@ from lisa_dist.memory.planner import (
 )
 from lisa_dist.memory.trace import FakeRun, FakeRuns
 from lisa_dist.memory.workload import Trained, Workload, widest_periods
-from lisa_dist.presets import PRESETS
+from lisa_dist.presets import OPTIMIZERS
 from lisa_dist.text import parse_bytes
 
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -53,7 +53,7 @@ def test_layers_are_checkpointed_only_where_that_is_needed():
 
     def plan(**changes):
         arguments = PlanArguments("m", deepspeed="zero2", seq_length=256, reserve="0", **changes)
-        return make_plans(config, arguments, lisa_dist.LisaConfig())[0]
+        return make_plans(config, arguments, lisa_dist.LisaConfig.plain())[0]
 
     by_count = [plan(checkpointed_layers=str(count)) for count in range(5)]
     peaks = [one.gpu.needed for one in by_count]
@@ -72,7 +72,7 @@ def test_logits_are_kept_where_they_fit_without_a_checkpointed_layer_for_them():
 
     def choose(**changes):
         settings = {"deepspeed": "zero2", "seq_length": 256, "reserve": "0"} | changes
-        planner = Planner(config, PlanArguments("m", **settings), lisa_dist.LisaConfig())
+        planner = Planner(config, PlanArguments("m", **settings), lisa_dist.LisaConfig.plain())
         plan, why = planner.choose_loss("zero2")
         return plan.gpu.needed, plan.workload.checkpointed_layers, plan.workload.loss, why
 
@@ -95,7 +95,7 @@ def test_logits_are_kept_where_they_fit_without_a_checkpointed_layer_for_them():
 def test_a_loss_that_a_model_cannot_have():
     config = xLSTMConfig(vocab_size=128, hidden_size=64, num_heads=2, num_hidden_layers=2)
     with pytest.raises(ValueError, match=r"--loss logits: xLSTMForCausalLM takes no logits_to_keep.*; give --loss chu"):
-        Planner(config, PlanArguments("m", loss="logits"), lisa_dist.LisaConfig()).choose_loss("zero2")
+        Planner(config, PlanArguments("m", loss="logits"), lisa_dist.LisaConfig.plain()).choose_loss("zero2")
     with pytest.raises(ValueError, match="--loss dft: unknown; choose one of auto, logits, chunked, liger"):
         PlanArguments("m", loss="dft")
 
@@ -124,59 +124,6 @@ def test_as_many_layers_train_as_fit(tiny_config):
     assert any(one.startswith("--optim lisa_adamw --lisa_state_bits embed=factored,head=factored,") for one in closest)
     sizes = [parse_bytes("", one.rstrip(".").rpartition(" takes ")[2]) for one in closest]
     assert sizes == sorted(sizes)
-
-
-def test_as_many_layers_as_fit_in_the_memory_of_lora():
-    """Both runs are planned as they would run: with the same accumulation, and with the checkpointing of LoRA's run."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=2048, tie_word_embeddings=True)
-    small = {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}
-    runs, common = FakeRuns(config), {"seq_length": 128, "loss": "chunked", "reserve": "0"}
-
-    def needed(arguments: PlanArguments, settings: lisa_dist.LisaConfig, count: int) -> int:
-        return Planner(config, arguments, settings, runs=runs).plan("zero2", count, "chunked").gpu.needed
-
-    def of_lora(count: int, **changes) -> int:
-        return needed(PlanArguments("model", method="lora", **common | changes), lisa_dist.LisaConfig(), count)
-
-    def peak(layers: int, count: int, **changes) -> int:
-        settings = lisa_dist.LisaConfig(lisa_activated_layers=layers, **small)
-        return needed(PlanArguments("model", optim="lisa_adamw", **common | changes), settings, count)
-
-    def chosen(optim: str = "lisa_adamw", **changes) -> tuple[int, str]:
-        settings = small if optim == "lisa_adamw" else {}
-        asked = lisa_dist.LisaConfig(lisa_activated_layers="lora_memory", **settings)
-        found, why = with_most_layers(
-            config, PlanArguments("model", optim=optim, **common | changes), asked, "zero2", runs=runs
-        )
-        assert why.startswith(f"lora_memory: {found.lisa_activated_layers} of 12, ")
-        return found.lisa_activated_layers, why
-
-    accumulates = {"gradient_accumulation_steps": 4}
-    for changes in ({}, accumulates):
-        layers, why = chosen(**changes)
-        assert why.endswith("without checkpointing")
-        assert 2 < layers < 6
-        assert peak(layers, 0, **changes) <= 1.1 * of_lora(0, **changes) < peak(layers + 1, 0, **changes)
-    assert chosen(**accumulates)[0] < chosen()[0], "gradients of several micro-batches are added up"
-    # On a GPU where LoRA must checkpoint its layers, both are planned so.
-    layers, why = chosen(gpu_memory=f"{of_lora(0) - 1}B")
-    assert why.endswith("with all layers checkpointed")
-    assert layers == 2 or peak(layers, 12) <= 1.1 * of_lora(12)
-    assert layers == 6 or peak(layers + 1, 12) > 1.1 * of_lora(12)
-    # The flag decides for both. Where nothing else bounds them, half of the layers train.
-    assert chosen(checkpointed_layers="all")[1].endswith("with all layers checkpointed")
-    assert chosen(micro_batch_size=8)[0] == 6
-    # With AdamW's states in 32 bits not one fits, and there are two.
-    assert chosen("adamw_torch_fused")[0] == 2
-
-
-def test_the_old_name_of_lora_memory_works_with_a_warning():
-    with pytest.warns(UserWarning, match=r"--lisa_activated_layers lora is now called lora_memory"):
-        found = lisa_dist.LisaConfig(lisa_activated_layers="lora")
-    assert found.lisa_activated_layers == "lora_memory"
-    with pytest.warns(UserWarning, match=r"--lisa_preset lora is now called lora_memory"):
-        assert PlanArguments("model", lisa_preset="lora").lisa_preset == "lora_memory"
 
 
 @pytest.mark.parametrize(
@@ -242,19 +189,12 @@ def test_all_parameters_are_planned_after_some_were_traced():
 
     def peak(method: str, runs: FakeRuns | None) -> int:
         arguments = PlanArguments("model", method=method, seq_length=8)
-        return Planner(config, arguments, lisa_dist.LisaConfig(), runs=runs).plan("zero2", 0, "chunked").gpu.needed
+        return (
+            Planner(config, arguments, lisa_dist.LisaConfig.plain(), runs=runs).plan("zero2", 0, "chunked").gpu.needed
+        )
 
     alone = {method: peak(method, None) for method in ("lisa", "full", "lora")}
     assert {method: peak(method, runs) for method in ("lisa", "full", "lora")} == alone
-
-
-@pytest.mark.parametrize(("num_layers", "trained"), [(1, 1), (3, 1), (5, 2)])
-def test_half_of_a_small_model_s_layers_train(num_layers, trained):
-    """Where LoRA's step has room for all, which is full training."""
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=2)
-    lisa_config = lisa_dist.LisaConfig(lisa_activated_layers="lora_memory")
-    found, _ = with_most_layers(config, PlanArguments("model", seq_length=8), lisa_config, "zero2")
-    assert found.lisa_activated_layers == trained
 
 
 def test_cheaper_states_become_more_layers():
@@ -263,34 +203,24 @@ def test_cheaper_states_become_more_layers():
     small = {"lisa_state_bits": "embed=factored,head=factored,layers=8", "lisa_master": "bf16_sr"}
     least = {"checkpointed_layers": "all", "loss": "chunked"}
     arguments = PlanArguments("llama3.1-8b", gpu_memory="24GiB", optim="lisa_adamw", deepspeed="zero2", **least)
-    (plan,) = make_plans(config, arguments, lisa_dist.LisaConfig(**asked | small))
+    (plan,) = make_plans(config, arguments, lisa_dist.LisaConfig.plain(**asked | small))
     layers = plan.lisa_config.lisa_activated_layers
     assert 2 < layers < 32
     assert f"--lisa_activated_layers {layers} " in command_for(plan, arguments)
     assert not any(plan.lacks(arguments))
     with pytest.raises(ValueError, match=r"not one layer fits 22\.50 GiB"):
-        make_plans(config, arguments, lisa_dist.LisaConfig(**asked))
+        make_plans(config, arguments, lisa_dist.LisaConfig.plain(**asked))
 
 
-def test_zero3_is_planned_with_a_preset_that_quantizes(tiny_config):
-    """Only what the user gave excludes ZeRO-3: frozen layers keep 16 bits there if the preset asked for fewer."""
-    config, arguments = load_model_config(tiny_config), PlanArguments(tiny_config, gpus=2, checkpointed_layers="all")
-    quantized = lisa_dist.LisaConfig(lisa_frozen_bits=8)
-    plans = make_plans(config, arguments, quantized, preset={"lisa_frozen_bits"})
-    bits = {plan.ds_config: plan.lisa_config.frozen_form for plan in plans}
-    assert bits == {"zero1": 8, "zero2": 8, "zero3": 16, "zero2_offload": 8, "zero3_offload": 16}
-    assert "zero3" not in {plan.ds_config for plan in make_plans(config, arguments, quantized)}
-
-
-@pytest.mark.parametrize("name", ["lora_memory", "adapters"])
+@pytest.mark.parametrize("name", ["adapters", "none"])
 def test_no_candidate_is_tried_twice(tiny_config, name):
     arguments, lines = PlanArguments(tiny_config, gpus=2, gpu_memory="2GiB", host_memory="1MiB"), []
-    preset = {key: value for key, value in PRESETS[name].items() if key != "lisa_activated_layers"}
+    config, preset = lisa_dist.LisaConfig(lisa_preset=name), OPTIMIZERS[name]
     with pytest.raises(ValueError, match="nothing fits"):
-        first_that_fits(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig(), preset, tell=lines.append)
+        first_that_fits(load_model_config(tiny_config), arguments, config, preset, tell=lines.append)
     tried = [
         (asked.optim, settings, fallback.offloads)
-        for fallback, asked, settings in possible_fallbacks(arguments, lisa_dist.LisaConfig(), preset)
+        for fallback, asked, settings in possible_fallbacks(arguments, config, preset)
     ]
     assert all(tried.count(one) == 1 for one in tried)
     assert len(lines) == len(set(lines))
@@ -303,7 +233,7 @@ def test_frozen_layers_in_fewer_bits_are_planned():
     plans = {}
     for bits in (16, 8, 4):
         arguments = PlanArguments("llama3.1-8b", checkpointed_layers="all", gpus=2)
-        of_ways = make_plans(config, arguments, lisa_dist.LisaConfig(lisa_frozen_bits=bits))
+        of_ways = make_plans(config, arguments, lisa_dist.LisaConfig.plain(lisa_frozen_bits=bits))
         plans[bits] = {plan.ds_config: plan for plan in of_ways}
     assert plans[4].keys() == {"zero1", "zero2", "zero2_offload"}
     layer = 218_103_808  # elements of matrices
@@ -342,7 +272,7 @@ def test_host_bytes_of_a_start_are_planned(settings, stored, expected):
 @pytest.mark.parametrize(("model", "stacked"), [("qwen3-30b-a3b", True), ("gpt-oss-20b", True), ("qwen3-8b", False)])
 def test_experts_that_are_stacked_are_copies(model, stacked):
     arguments = PlanArguments(model, checkpointed_layers="all", gpus=2, deepspeed="zero2")
-    plan = Planner(load_model_config(model), arguments, lisa_dist.LisaConfig()).plan("zero2", 0, "logits")
+    plan = Planner(load_model_config(model), arguments, lisa_dist.LisaConfig.plain()).plan("zero2", 0, "logits")
     assert (plan.start > plan.gpu.weights * 0.9) == stacked
 
 
@@ -372,7 +302,7 @@ def test_other_methods_are_planned_too(tiny_config):
     states = {}
     for method in ("lisa", "full", "lora"):
         arguments = PlanArguments(tiny_config, deepspeed="zero2", method=method, checkpointed_layers="0", lora_r=4)
-        plan = make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())[0]
+        plan = make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig.plain())[0]
         states[method] = plan.gpu.always_on_states + plan.gpu.active_states
     numel = sum(parameter.numel() for parameter in tiny_llama().parameters())
     assert states["full"] == 12 * numel
@@ -386,7 +316,7 @@ def test_what_would_fit_the_gpu_with_its_states_is_said(tiny_config, capsys):
     arguments = PlanArguments(tiny_config, reserve="0", checkpointed_layers="all", seq_length=64)
     plans = {
         plan.ds_config: plan.gpu.needed
-        for plan in make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())
+        for plan in make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig.plain())
     }
     as_published = min(peak for way, peak in plans.items() if not way.endswith("_offload"))
     common = ["--model", tiny_config, "--reserve", "0", "--checkpointed_layers", "all", "--seq_length", "64"]
@@ -418,7 +348,7 @@ def test_what_would_fit_the_gpu_with_its_states_is_said(tiny_config, capsys):
 
 def test_of_ways_that_send_the_same_the_one_that_recomputes_less_is_recommended(tiny_config):
     arguments = PlanArguments(tiny_config, gpus=2, reserve="0", seq_length=256, gradient_accumulation_steps=2)
-    plans = make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig())
+    plans = make_plans(load_model_config(tiny_config), arguments, lisa_dist.LisaConfig.plain())
     one, two = plans[0], plans[1]
     assert what_fits(plans, arguments) is one
     less = replace(one, workload=replace(one.workload, checkpointed_layers=3))
@@ -431,7 +361,7 @@ def test_a_task_s_reference_model_and_pairs_are_planned():
 
     def planned(stage: str = "zero2", **asked):
         arguments = PlanArguments("x", gpus=4, seq_length=64, checkpointed_layers="none", **asked)
-        return Planner(config, arguments, lisa_dist.LisaConfig()).cheapest(stage)
+        return Planner(config, arguments, lisa_dist.LisaConfig.plain()).cheapest(stage)
 
     sft, dpo = planned(loss="chunked", micro_batch_size=2), planned(task="dpo")
     assert dpo.workload.micro_batch_size == 2
@@ -479,7 +409,7 @@ def test_ranks_that_share_rows_and_activations_on_the_host_are_planned():
 
     def plan(**changes):
         arguments = PlanArguments("llama", gpus=8, seq_length=32768, checkpointed_layers="all", loss="chunked")
-        return Planner(config, replace(arguments, **changes), lisa_dist.LisaConfig()).plan("zero3", 8, "chunked")
+        return Planner(config, replace(arguments, **changes), lisa_dist.LisaConfig.plain()).plan("zero3", 8, "chunked")
 
     whole, shared, offloaded = plan(), plan(sequence_parallel=8), plan(sequence_parallel=8, activation_offloading=True)
     of_a_layer = 32768 * 4096 * 2  # its input

@@ -419,7 +419,7 @@ def test_the_loss_scale_of_fp16_is_folded_in(ds_config):
 def attach_by_hand(ds_config: str, optim: str, settings: dict, changes: dict) -> str:
     """What is said where engine and optimizer do not fit the settings."""
     model = tiny_llama().to(torch.bfloat16)
-    lisa = lisa_dist.LisaController(model, lisa_dist.LisaConfig(**settings))
+    lisa = lisa_dist.LisaController(model, lisa_dist.LisaConfig.plain(**settings))
     optimizer = lisa_dist.build_optimizer(lisa.param_groups(), optim, lr=1e-3)
     config = lisa_dist.load_ds_config(ds_config, model=model)
     for name, value in changes.items():

@@ -63,7 +63,7 @@ def test_what_decays_is_what_decays_in_the_trainer():
     assert decaying == set(Trainer.get_decay_parameter_names(None, model))
     assert "model.layers.0.self_attn.sinks" in decaying
     assert not any(name.endswith("bias") for name in decaying)
-    lisa = LisaController(tiny_llama(), LisaConfig(), decaying=lambda model: ["lm_head.weight"])
+    lisa = LisaController(tiny_llama(), LisaConfig.plain(), decaying=lambda model: ["lm_head.weight"])
     assert [group["lisa_group"] for group in lisa.param_groups(0.1) if group["weight_decay"]] == ["head/decay"]
 
 
@@ -127,7 +127,7 @@ def test_the_optimizer_asked_for_is_built(optim, offload):
 )
 def test_an_optimizer_that_cannot_work_is_refused(optim, offload, settings, said):
     precision = settings.get("precision", "bf16")
-    config = LisaConfig(**{name: value for name, value in settings.items() if name != "precision"})
+    config = LisaConfig.plain(**{name: value for name, value in settings.items() if name != "precision"})
     with pytest.raises(ValueError, match="--") if said else contextlib.nullcontext() as error:
         check_optim(optim, offload, config, precision)
     assert said is None or said in str(error.value)

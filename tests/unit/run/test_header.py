@@ -12,11 +12,11 @@ from lisa_dist.run.header import _describe_rate, _without_effect
     [
         (
             {"method": "lora", "lisa_preset": "adapters", "lisa_activated_layers": 2},  # 2 is its default
-            "--lisa_preset, --lisa_activated_layers, --lisa_interval_steps, --lisa_debug, which are for --method lisa",
+            "--lisa_activated_layers, --lisa_interval_steps, --lisa_debug, --lisa_preset, which are for --method lisa",
         ),
         (
             {"method": "full", "lisa_preset": "paper"},
-            "--lisa_preset, --lisa_interval_steps, --lisa_debug, which are for --method lisa",
+            "--lisa_interval_steps, --lisa_debug, --lisa_preset, which are for --method lisa",
         ),
         ({"lora_r": 16, "use_rslora": True}, "--lora_r, --use_rslora, which are for --method lora"),
     ],
@@ -32,11 +32,12 @@ def test_flags_of_another_method_are_listed(folder, tmp_path, changes, said):
     [
         ("--method lora", 2e-4, "2e-04 (default of --method lora)"),
         ("--method full", 2e-5, "2e-05 (default of --method full)"),
-        ("--method lisa", 2e-5, "2e-05 (default of --method lisa)"),
+        ("--method lisa", 2e-4, "2e-04 (default of --method lisa); embed 2e-05, head 2e-05"),
+        ("--method lisa --lisa_preset paper", 2e-5, "2e-05 (default of --method lisa)"),
         ("--method lora --task dpo", 1e-5, "1e-05 (default of --method lora)"),
         ("--method lora --learning_rate 2e-5", 2e-5, "2e-05"),
         (
-            "--learning_rate 2e-5 --lisa_adapters 32",
+            "--learning_rate 2e-5 --lisa_adapters 32 --lisa_activated_layers 2",
             2e-5,
             "2e-05; embed 4e-05, head 4e-05, adapters 2.3e-04",
         ),

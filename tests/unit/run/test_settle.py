@@ -1,7 +1,8 @@
-"""`--lisa_preset`: what it sets where nothing else is given, and when a run has the one of LoRA's memory by itself."""
+"""`--lisa_preset`: what it sets where nothing else is given, and which one is the default."""
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,9 @@ from lisa_dist.run.settle import apply_preset, describe_preset, settle, settle_l
 from lisa_dist.run.trainer import load_model
 
 SMALL = "embed=factored,head=factored,layers=8"
-# Layers, optimizer, moments, masters.
-LORA = ("lora_memory", "lisa_adamw", SMALL, "fp32")
-OWN = (2, "adamw_torch_fused", "", "fp32")
+# Sampled layers, rank of adapters, optimizer, moments, masters.
+ADAPTERS = (0, 32, "lisa_adamw", SMALL, "fp32")
+PLAIN = (2, None, "adamw_torch_fused", "", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -34,77 +35,71 @@ def folder(tmp_path_factory) -> Path:
 
 def settled(folder: Path, more: list[str], **changes) -> RunConfig:
     words = flags_for(folder, folder / "out", **changes)
-    del words[(at := words.index("--lisa_preset")) : at + 2]
+    for flag in ("--lisa_preset", "--lisa_activated_layers", "--lisa_interval_steps"):
+        if flag in words:
+            del words[(at := words.index(flag)) : at + 2]
     words = [*words, *more]
     return apply_preset(parse_arguments(words), run_parser(task_of(words)).given(words))
 
 
 def settings_of(config: RunConfig) -> tuple:
     lisa = config.lisa
-    return (lisa.lisa_activated_layers, config.training.optim.value, lisa.lisa_state_bits, lisa.lisa_master)
+    trained = lisa.lisa_activated_layers, lisa.lisa_adapters
+    return (*trained, config.training.optim.value, lisa.lisa_state_bits, lisa.lisa_master)
 
 
 @pytest.mark.parametrize(
     ("words", "preset", "settings"),
     [
-        ("", "lora_memory", LORA),
-        ("--bf16 true", "lora_memory", (*LORA[:3], "bf16_sr")),
-        ("--deepspeed zero3 --lisa_state keep", "lora_memory", LORA),
-        # Something is said of what the preset sets, or of memory.
-        ("--lisa_activated_layers 2", "none", OWN),
-        ("--lisa-activated-layers 3", "none", (3, *OWN[1:])),
-        ("--lisa_activated_layers=3", "none", (3, *OWN[1:])),
-        ("--optim adamw_torch", "none", (2, "adamw_torch", "", "fp32")),
-        ("--optim lisa_adamw --lisa_state_bits layers=8", "none", (2, "lisa_adamw", "layers=8", "fp32")),
-        ("--lisa_offload embed", "none", OWN),
-        ("--lisa_unit module --lisa_budget 5%", "none", OWN),
-        ("--gpu_memory 1GiB --checkpointed_layers auto", "lora_memory", LORA),
-        ("--deepspeed zero2_offload", "none", OWN),
-        ("--max_length -1", "none", OWN),
-        # Other methods have none.
-        ("--lisa_preset lora_memory --method full", "lora_memory", OWN),
-        ("--lisa_preset lora_memory --method lora", "lora_memory", OWN),
-        # One that is given.
-        ("--lisa_preset none", "none", OWN),
-        ("--lisa_preset paper", "paper", OWN),
-        ("--lisa_preset paper --optim adamw_torch", "paper", (2, "adamw_torch", "", "fp32")),
-        ("--lisa_preset lora_memory --lisa_activated_layers 3", "lora_memory", (3, *LORA[1:])),
-        (
-            "--lisa_preset lora_memory --lisa_state_bits layers=32",
-            "lora_memory",
-            ("lora_memory", "lisa_adamw", "layers=32", "fp32"),
-        ),
-        ("--lisa_preset lora_memory --optim lisa_adamw --bf16 true", "lora_memory", (*LORA[:3], "bf16_sr")),
-        ("--lisa_preset lora_memory --optim adamw_torch", "lora_memory", ("lora_memory", "adamw_torch", "", "fp32")),
-        ("--lisa_preset lora_memory --bf16 true --deepspeed zero2_offload", "lora_memory", ("lora_memory", *OWN[1:])),
-        ("--lisa_preset lora_memory --lisa_unit module --lisa_budget 5%", "lora_memory", (2, *LORA[1:])),
-        ("--lisa_preset lora_memory --max_length -1 --lisa_activated_layers 3", "lora_memory", (3, *LORA[1:])),
-        ("--lisa_preset lora_memory --bf16 true --lisa_offload layers", "lora_memory", ("lora_memory", *OWN[1:])),
+        ("", "adapters", ADAPTERS),
+        ("--bf16 true", "adapters", (*ADAPTERS[:4], "bf16_sr")),
+        ("--lisa_adapters 4 --deepspeed zero3", "adapters", (0, 4, *ADAPTERS[2:])),
+        ("--gpu_memory 1GiB --checkpointed_layers auto", "adapters", ADAPTERS),
+        ("--max_length -1 --lisa_frozen_bits 8 --bf16 true", "adapters", (*ADAPTERS[:4], "bf16_sr")),
+        # The optimizer and its states are given, or cannot be those of the preset.
+        ("--optim adamw_torch", "adapters", (0, 32, "adamw_torch", "", "fp32")),
+        ("--optim lisa_adamw --lisa_state_bits layers=8", "adapters", (0, 32, "lisa_adamw", "layers=8", "fp32")),
+        ("--deepspeed zero2_offload", "adapters", (0, 32, *PLAIN[2:])),
+        ("--lisa_offload embed", "adapters", (0, 32, *PLAIN[2:])),
+        # A setting of the sampling asks for plain LISA.
+        ("--lisa_activated_layers 2", "none", PLAIN),
+        ("--lisa-activated-layers 3", "none", (3, *PLAIN[1:])),
+        ("--lisa_activated_layers=3", "none", (3, *PLAIN[1:])),
+        ("--lisa_interval_steps 5", "none", PLAIN),
+        ("--lisa_state keep", "none", PLAIN),
+        ("--lisa_unit module --lisa_budget 5%", "none", PLAIN),
+        ("--lisa_activated_layers 2 --lisa_adapters 4", "none", (2, 4, *PLAIN[2:])),
+        # Other methods have no preset.
+        ("--method full", "none", PLAIN),
+        ("--lisa_preset adapters --method lora", "none", PLAIN),
+        # A preset that is given.
+        ("--lisa_preset none", "none", PLAIN),
+        ("--lisa_preset paper", "paper", PLAIN),
+        ("--lisa_preset paper --optim adamw_torch", "paper", (2, None, "adamw_torch", "", "fp32")),
+        ("--lisa_preset adapters --lisa_activated_layers 3", "adapters", (3, *ADAPTERS[1:])),
+        ("--lisa_preset adapters --bf16 true --lisa_offload layers", "adapters", (0, 32, *PLAIN[2:])),
     ],
 )
 def test_what_a_run_is_trained_with(folder, words, preset, settings):
     config = settled(folder, words.split())
-    assert config.run.lisa_preset == preset
+    assert config.lisa.lisa_preset == preset
     assert settings_of(config) == settings
 
 
-@pytest.mark.parametrize(
-    ("words", "settings"),
-    [
-        ("--bf16 true", (32, "8", "embed=8,head=8,layers=8", "bf16_sr")),
-        ("--bf16 true --lisa_adapters 4 --lisa_frozen_bits 4", (4, "4", "embed=8,head=8,layers=8", "bf16_sr")),
-        ("", (32, "16", "embed=8,head=8,layers=8", "fp32")),
-        ("--bf16 true --deepspeed zero3", (32, "16", "embed=8,head=8,layers=8", "bf16_sr")),
-        ("--bf16 true --lisa_offload embed,head", (32, "8", "", "fp32")),
-    ],
-)
-def test_what_the_preset_of_adapters_sets(folder, words, settings):
-    """What is quantized has 16 bits, and is not cut by ZeRO-3."""
-    config = settled(folder, ["--lisa_preset", "adapters", *words.split()])
-    lisa = config.lisa
-    assert (lisa.lisa_adapters, lisa.lisa_frozen_bits, lisa.lisa_state_bits, lisa.lisa_master) == settings
-    optim = "adamw_torch_fused" if lisa.offloaded else "lisa_adamw"
-    assert (lisa.lisa_activated_layers, config.training.optim.value) == ("lora_memory", optim)
+def test_the_rate_by_default_is_that_of_what_trains(folder):
+    def rate(words: str) -> float:
+        given = flags_for(folder, folder / "out")
+        for flag in ("--lisa_preset", "--lisa_activated_layers", "--lisa_interval_steps", "--learning_rate"):
+            if flag in given:
+                del given[(at := given.index(flag)) : at + 2]
+        return parse_arguments([*given, *words.split()]).training.learning_rate
+
+    assert rate("") == rate("--method lora") == 2e-4
+    assert rate("--lisa_activated_layers 2") == rate("--method full") == rate("--lisa_preset paper") == 2e-5
+    assert rate("--lisa_activated_layers 2 --lisa_adapters 4") == 2e-5, "that of the layers"
+
+
+def test_adapters_are_beside_whole_layers(folder):
     with pytest.raises(UserError, match=r"^--lisa_adapters 32 with --lisa_unit module"):
         settled(folder, ["--lisa_preset", "adapters", "--lisa_unit", "module", "--lisa_budget", "5%"])
 
@@ -112,7 +107,7 @@ def test_what_the_preset_of_adapters_sets(folder, words, settings):
 def test_a_recipe_s_values_are_given_too(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("lisa_activated_layers: 3\nlisa_state: keep\n")
-    assert settings_of(settled(folder, ["--config", str(recipe)])) == (3, *OWN[1:])
+    assert settings_of(settled(folder, ["--config", str(recipe)])) == (3, *PLAIN[1:])
     recipe.write_text("lisa_preset: paper\nlisa_state: keep\n")
     config = settled(folder, ["--config", str(recipe), "--lisa_sampler", "reshuffle"])
     assert (config.lisa.lisa_state, config.lisa.lisa_sampler) == ("keep", "reshuffle")
@@ -120,31 +115,24 @@ def test_a_recipe_s_values_are_given_too(folder, tmp_path):
 
 def test_the_paper_s_states_start_afresh(folder):
     config = settled(folder, ["--lisa_preset", "paper"])
-    assert config.lisa == LisaConfig(lisa_state="reset_all", lisa_interval_steps=2, lisa_debug=True)
+    assert config.lisa == LisaConfig(lisa_preset="paper", lisa_debug=True)
     said = describe_preset(config)
-    assert said.startswith("paper: optim adamw_torch_fused, lisa_interval_steps 2, lisa_sampler uniform, ")
-    assert said.endswith("lisa_state reset_all")
+    assert said.startswith("paper: lisa_activated_layers 2, lisa_interval_steps 20, lisa_sampler uniform, ")
+    assert said.endswith("lisa_state reset_all, optim adamw_torch_fused")
 
 
-def test_answers_of_grpo_cannot_be_planned(folder, tmp_path):
+def test_answers_of_grpo_are_trained_by_adapters_too(folder, tmp_path):
     (tmp_path / "rewards.py").write_text("def reward(completions, **columns):\n    return [0.0] * len(completions)\n")
     words = ["--task", "grpo", "--reward_funcs", str(tmp_path / "rewards.py"), "--output_dir", str(tmp_path / "out")]
     words += ["--dataset_name", str(folder / "rows.jsonl"), "--model_name_or_path", str(folder / "model")]
     config = apply_preset(parse_arguments(words), run_parser("grpo").given(words))
-    assert config.run.lisa_preset == "none"
-    assert settings_of(config) == OWN
+    assert config.lisa.lisa_preset == "adapters"
+    assert settings_of(config) == ADAPTERS
 
 
 def test_an_unknown_one_is_refused(folder):
-    with pytest.raises(
-        UserError, match=r"^--lisa_preset best: unknown; choose one of lora_memory, adapters, paper, none\.$"
-    ):
+    with pytest.raises(UserError, match=r"^--lisa_preset best: unknown; choose one of adapters, paper, none\.$"):
         settled(folder, ["--lisa_preset", "best"])
-
-
-def test_what_cannot_be_planned_has_no_lora(folder):
-    with pytest.raises(UserError, match=r"^--lisa_preset lora_memory: it plans a step, by --max_length"):
-        settled(folder, ["--lisa_preset", "lora_memory", "--max_length", "-1"])
 
 
 @pytest.mark.parametrize(
@@ -166,30 +154,29 @@ def test_what_cannot_be_planned_has_no_lora(folder):
     ],
 )
 def test_layers_are_planned_whatever_else_is_given(folder, tmp_path, words):
-    """From two on, and by a plan: none of these settings is what cannot be planned."""
+    """From one on, and by a plan: none of these settings is what cannot be planned."""
     (tmp_path / "weights.json").write_text("[0, 1, 1, 0, 1, 0]")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n' * 16)
     paths = {"WEIGHTS": tmp_path / "weights.json", "PAIRS": tmp_path / "pairs.jsonl"}
     words = [str(paths.get(word, word)) for word in words.split()]
-    config = settled(folder, words)
-    assert config.run.lisa_preset == "lora_memory"
+    config = settled(folder, [*words, "--lisa_activated_layers", "auto", "--gpu_memory", "1GiB"])
     check_config(config)
     found, why = settle_layers(config, model_config_of(config), None)
-    assert 2 <= found.lisa.lisa_activated_layers <= 3, "half of them"
-    assert re.match(r"lora_memory: \d of 6, [\d.]+ \wiB planned; LoRA with rank 16 takes [\d.]+ \wiB with", why)
+    assert 1 <= found.lisa.lisa_activated_layers <= 6
+    assert re.match(r"auto: \d of 6, [\d.]+ \wiB planned; there are 1\.00 GiB", why)
 
 
-def test_a_run_has_the_number_of_plan_and_init(folder):
+def test_plan_init_and_python_have_the_default_of_a_run(folder):
     """The run has one rank, and the stage and the batch that they choose."""
     arguments = with_accumulation(PlanArguments(str(folder / "model"), micro_batch_size=2, seq_length=64), ())
     model_config = load_model_config(arguments.model)
-    planned = first_that_fits(model_config, arguments, LisaConfig(), preset_settings(arguments, LisaConfig(), ())).plan
-    words = ["--deepspeed", planned.ds_config, "--gradient_accumulation_steps", "8", "--bf16", "true"]
-    config = settled(folder, [*words, "--per_device_train_batch_size", "2", "--max_length", "64"])
-    run = settle_layers(config, model_config, None)[0].lisa
-    names = ("lisa_activated_layers", "lisa_state_bits", "lisa_master")
-    assert [getattr(run, name) for name in names] == [getattr(planned.lisa_config, name) for name in names]
-    assert run.lisa_activated_layers == 3
+    preset = preset_settings(arguments, LisaConfig(), ())
+    planned = first_that_fits(model_config, arguments, LisaConfig(), preset)
+    run = settled(folder, ["--deepspeed", planned.plan.ds_config, "--bf16", "true"])
+    assert replace(run.lisa, lisa_debug=False) == planned.lisa_config == planned.plan.lisa_config
+    assert run.training.optim.value == planned.arguments.optim == "lisa_adamw"
+    small = {"lisa_state_bits": SMALL, "lisa_master": "bf16_sr"}
+    assert planned.lisa_config == LisaConfig(**small) == LisaConfig(lisa_preset="adapters", **small)
 
 
 def test_a_gpu_that_others_have_taken_is_told(folder):

@@ -218,7 +218,7 @@ def choose_where_liger_runs(folder: str, changes: dict) -> dict[str, str]:
             loss=loss,
             optim="adamw_torch",
         )
-        planner = Planner(AutoConfig.from_pretrained(folder), arguments, LisaConfig(), on_cpu=True)
+        planner = Planner(AutoConfig.from_pretrained(folder), arguments, LisaConfig.plain(), on_cpu=True)
         peaks[loss] = planner.plan(find_ds_config("zero2"), 0, loss).gpu.peak
     assert sorted(peaks, key=lambda loss: peaks[loss]) == list(peaks)
     for loss, peak in peaks.items():
@@ -234,7 +234,7 @@ def test_liger_s_loss_is_taken_where_it_fits(tmp_path):
     flags = {
         "bf16": True,
         "dtype": "bfloat16",
-        "optim": "adamw_torch",
+        "lisa_preset": "none",
         "checkpointed_layers": "auto",
         "max_length": 512,
         "per_device_train_batch_size": 40,  # of fewer a CPU has all logits in the least memory

@@ -402,7 +402,7 @@ def train_packed(folder: str, model: str, output_dir: str, changes: dict) -> tup
         args=args,
         train_dataset=Dataset.from_list([json.loads(row) for row in rows]),
         processing_class=AutoTokenizer.from_pretrained(f"{folder}/{model}"),
-        lisa_config=LisaConfig(lisa_debug=True),
+        lisa_config=LisaConfig.plain(lisa_debug=True),
     )
     try:
         trainer.train()

@@ -21,7 +21,7 @@ def test_a_run_without_deepspeed_says_why(tmp_path, monkeypatch, cpu, said):
     monkeypatch.setenv("ACCELERATE_USE_CPU", cpu)
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(UserError, match=said):
-        check_trainer(args, None, LisaConfig(), "adamw_torch", None, None)
+        check_trainer(args, None, LisaConfig.plain(), "adamw_torch", None, None)
 
 
 @pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])

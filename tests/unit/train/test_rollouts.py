@@ -83,7 +83,7 @@ def train(folder, stage, changes, retries=5):
             train_dataset=ROWS,
             eval_dataset=ROWS.select(range(2)),
             processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-            lisa_config=LisaConfig(**of_lisa),
+            lisa_config=LisaConfig.plain(**of_lisa),
             deepspeed=stage,
         )
         seen = []

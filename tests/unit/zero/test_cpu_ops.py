@@ -25,7 +25,7 @@ def names_left() -> list[str]:
     # Ranks of the tests have released DeepSpeed's at their start: a file of that name takes its place.
     run = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{port}"
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{run}_{dist.get_rank()}").touch()
-    engine, _ = lisa_dist.initialize(tiny_llama(), "zero2", lisa_dist.LisaConfig())
+    engine, _ = lisa_dist.initialize(tiny_llama(), "zero2", lisa_dist.LisaConfig.plain())
     dist.barrier()
     left = [path.name for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")]
     dist.barrier()

@@ -31,7 +31,7 @@ def train(ds_config: str, by_rows: bool, dtype: torch.dtype, settings: dict, opt
         engine, lisa = lisa_dist.initialize(
             model,
             options.get("config", ds_config),
-            lisa_dist.LisaConfig(**settings),
+            lisa_dist.LisaConfig.plain(**settings),
             lr=1e-3,
             weight_decay=0.1,
             optim="lisa_adamw",

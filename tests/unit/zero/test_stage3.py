@@ -46,7 +46,7 @@ def test_a_recomputed_layer_stays_gathered_until_its_backward_pass_is_done(monke
 
 def whole_before_backward(passes: int) -> list[int]:
     """Elements that are whole when the backward passes of two steps begin, after so many forward passes alone."""
-    engine, lisa = lisa_dist.initialize(tiny_llama(), "zero3", lisa_dist.LisaConfig())
+    engine, lisa = lisa_dist.initialize(tiny_llama(), "zero3", lisa_dist.LisaConfig.plain())
     rows, found = token_batches(1, rows=1)[0, 0], []
     with stage3.asking(engine) as model:
         for _ in range(passes):
