@@ -6,7 +6,7 @@ Fine-Tuning" (arXiv 2403.17919). Flag names follow the ones in use elsewhere.
 
 import functools
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from lisa_dist.config_rules import (
     ADAPTERS,
@@ -54,6 +54,7 @@ def taking_presets(dataclass_type: type[Config]) -> type[Config]:
         build(self, **with_preset(given))
 
     dataclass_type.__init__ = fill_and_build  # type: ignore[method-assign, assignment]
+    dataclass_type.only_given = True  # type: ignore[attr-defined] # FlagParser hands it what the user gave, no defaults
     return dataclass_type
 
 
@@ -70,8 +71,6 @@ class LisaConfig:
     Raises ValueError, naming the flag, the value and the rule, for every setting that cannot work. What depends on
     the model (more layers than it has, tied matrices) is checked when the model is known.
     """
-
-    only_given: ClassVar[bool] = True  # the constructor needs to know which settings the user gave
 
     lisa_activated_layers: int = setting(
         2,

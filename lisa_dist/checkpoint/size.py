@@ -47,6 +47,8 @@ def checkpoint_bytes(flags: Mapping[str, Any]) -> tuple[int, int]:
         active = total - sum(layers) + of_layers
     # In bf16 unless told otherwise where there are GPUs, as the run itself.
     in_bf16 = str(flags.get("bf16", torch.cuda.is_available())).lower() == "true"
-    # A master and two moments, or moments in 8 bits and no master.
+    # A master and two moments, or moments in 8 bits and no master; of adapters two moments in 32 bits.
     small = is_lisa and settings["lisa_preset"] == ADAPTERS and "lisa_state_bits" not in flags
-    return total * (2 if in_bf16 else 4), (2 if small else 12) * active
+    adapters = blocks.adapters.numel
+    states = 2 * (active - adapters) + 8 * adapters if small else 12 * active
+    return total * (2 if in_bf16 else 4), states

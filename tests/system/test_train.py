@@ -115,21 +115,20 @@ def test_fewer_layers_are_planned_or_none(folder, tmp_path):
 
 
 @pytest.mark.full
-def test_a_run_of_which_nothing_is_said_has_the_memory_of_lora(folder, tmp_path):
-    """On two ranks, in bf16; resumed in a period it ends with the same weights."""
+def test_a_run_of_which_nothing_is_said_trains_adapters(folder, tmp_path):
+    """With embedding and head, on two ranks, in bf16; resumed it ends with the same weights."""
     changes = {"deepspeed": "zero3", "bf16": True, "max_steps": 5, "save_strategy": "steps", "save_steps": 3}
     words = flags_for(folder, tmp_path / "out", **changes)
-    del words[(at := words.index("--lisa_preset")) : at + 2]
+    for flag in ("--lisa_preset", "--lisa_interval_steps"):
+        del words[(at := words.index(flag)) : at + 2]
     said = on_two_ranks(words, tmp_path)
-    small = "lisa_state_bits embed=factored,head=factored,layers=8, lisa_master bf16_sr"
-    assert f"lora_memory: optim lisa_adamw, {small}" in said
-    planned = r"layers +lora_memory: (\d) of 6, [\d.]+ \wiB planned; LoRA with rank 16 takes "
-    layers = re.search(planned, said)
-    assert f"2 steps with {layers[1]} layers, uniform" in said
+    small = "optim lisa_adamw, lisa_state_bits embed=factored,head=factored,layers=8, lisa_master bf16_sr"
+    assert f"adapters: lisa_activated_layers 0, lisa_adapters 32, {small}" in said
+    assert re.search(r"always trained +embed \S+, head \S+, rest \S+, adapters ", said)
+    assert "active layers" not in said, "nothing is sampled"
     whole = load_file(tmp_path / "out" / "model.safetensors")
     shutil.rmtree(tmp_path / "out" / "checkpoint-5")
-    said = on_two_ranks([*words, "--resume_from_checkpoint", "true"], tmp_path)
-    assert f"{layers[1]}, as the run had that goes on" in said
+    on_two_ranks([*words, "--resume_from_checkpoint", "true"], tmp_path)
     resumed = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
@@ -234,7 +233,9 @@ def test_full_training_under_the_same_roof(folder, tmp_path):
     changes = {"checkpointed_layers": "auto", "gpu_memory": "23GiB", "gradient_checkpointing": False}
     flags = flags_for(folder, tmp_path / "out", method="full", **changes)
     said = run_well(flags, tmp_path, tmp_path / "watched.py", report=True)
-    without_effect = "without effect +--lisa_interval_steps, --lisa_debug, --gpu_memory, which are for --method lisa"
+    without_effect = (
+        "without effect +--lisa_interval_steps, --lisa_debug, --lisa_preset, --gpu_memory, which are for --method lisa"
+    )
     assert re.search(without_effect, said)
     assert re.search("checkpointing +all layers; auto chooses among them with --method lisa alone", said)
     assert set(re.findall(".* layers are checkpointed", said)) == {"6 of 6 layers are checkpointed"}
@@ -254,7 +255,7 @@ def test_lora_under_the_same_roof(folder, tmp_path):
     assert re.search("adapters +rank 4, alpha 32, dropout 0.0, on all linear layers but the head", said)
     assert re.search("checkpointing +no layer\n", said)
     assert "preset adapters" not in re.sub(" +", " ", said)
-    assert re.search("without effect +--lisa_preset, --lisa_interval_steps, --lisa_debug, --gpu_memory, which", said)
+    assert re.search("without effect +--lisa_interval_steps, --lisa_debug, --lisa_preset, --gpu_memory, which", said)
     assert set(re.findall(".* layers are checkpointed", said)) == {"0 of 6 layers are checkpointed"}
     held_out = logged(tmp_path / "out", "eval_loss")
     assert held_out[-1] < held_out[0] - 0.05

@@ -24,8 +24,10 @@ def test_weights_in_their_precision_and_twelve_bytes_for_each_active_element(tmp
     assert checkpoint_bytes(flags | {"lisa_adapters": "4"}) == (4 * more, 12 * (more - 4 * layer))
     assert checkpoint_bytes(flags | {"method": "full"}) == (4 * total, 12 * total)
     del flags["lisa_preset"]
-    assert checkpoint_bytes(flags | {"optim": "adamw_torch"}) == (4 * total, 12 * (total - 4 * layer))
-    assert checkpoint_bytes(flags) == (4 * total, 2 * total)  # as many layers as fit LoRA's memory, in 8 bits
+    assert checkpoint_bytes(flags | {"lisa_state": "keep"}) == (4 * total, 12 * (total - 4 * layer))
+    # By default adapters of rank 32 train, whose moments have 32 bits, and no layer.
+    adapters = 32 * sum(one.in_features + one.out_features for one in linear)
+    assert checkpoint_bytes(flags) == (4 * (total + adapters), 2 * (total - 6 * layer) + 8 * adapters)
 
 
 def gated(name):

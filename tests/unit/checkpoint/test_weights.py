@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("cpu_ops")
 def train_and_save(folder: str, ds_config: str, build, dtype: torch.dtype, max_shard_size: int) -> dict:
     config = read_ds_config(ds_config)
     config["zero_optimization"]["stage3_max_reuse_distance"] = 0  # let go of weights as models larger than this one do
-    engine, lisa = lisa_dist.initialize(build().to(dtype), config, lr=1e-2)
+    engine, lisa = lisa_dist.initialize(build().to(dtype), config, lisa_dist.LisaConfig.plain(), lr=1e-2)
     for micro_batches in token_batches(4, rows=4):
         train_step(engine, lisa, micro_batches)
     with torch.no_grad():  # stage 3 now fetches ahead for a backward pass, and must not be left with it
@@ -155,7 +155,7 @@ def write_and_read(ds_config: str, written: str, on_a_host: int, fault: str | No
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, SLURMD_NODENAME=f"host{rank // on_a_host}"))
         stack.enter_context(patch.multiple(weights, save_file=write, safe_open=opened))
-        engines = [lisa_dist.initialize(model, ds_config, lr=1e-2) for model in models]
+        engines = [lisa_dist.initialize(model, ds_config, lisa_dist.LisaConfig.plain(), lr=1e-2) for model in models]
         try:
             if fault == "other model":
                 write_weights(engines[1][0], engines[1][1].blocks, folder / "elsewhere", rank == 0, 50_000)

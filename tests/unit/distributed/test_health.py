@@ -161,8 +161,8 @@ def test_a_run_whose_ranks_differ_ends_at_the_start(tmp_path):
         (tmp_path / host).mkdir()
         (tmp_path / host / "rows.jsonl").write_text("\n".join(lines))
     first, second = {"in": tmp_path / "1"}, {"in": tmp_path / "2"}
-    said = run_ranks(start, 2, str(tmp_path), first, first | {"learning_rate": 1e-3, "lisa_interval_steps": 7})
+    said = run_ranks(start, 2, str(tmp_path), first, first | {"learning_rate": 1e-3, "lisa_seed": 7})
     assert said[0] == said[1]
-    assert ", rank 1: --learning_rate is 0.001, not 2e-05; --lisa_interval_steps is 7, not 20, as on host " in said[0]
+    assert ", rank 1: --learning_rate is 0.001, not 0.0002; --lisa_seed is 7, not 0, as on host " in said[0]
     said = run_ranks(start, 2, str(tmp_path), first, second)
     assert "rank 1: the content of --dataset_name rows.jsonl is 8 examples with checksum" in said[0]
