@@ -2,7 +2,8 @@
 
 python -m benchmarks.quality.decide
 
-Reads results/grid_TASK.json of the four tasks of the rule. A method that lacks a task has no score.
+Reads results/grid_TASK.json of the four tasks of the rule. Scores need full training, which tells how much can be
+gained: a task without it does not count yet. A method that lacks another task has no score.
 """
 
 import argparse
@@ -52,13 +53,13 @@ def scores(tasks: dict[str, Runs]) -> dict[str, float]:
 
     Runs with quantized frozen layers exist in bf16 only; elsewhere the losses without quantization count.
     """
-    by_task = [regrets(task) for task in tasks.values()]
+    by_task = [found for task in tasks.values() if (found := regrets(task))]
     names = dict.fromkeys(name for found in by_task for name in found)
     found = {}
     for name in names:
         plain = name.removesuffix(", frozen 8")
         values = [regret.get(name, regret.get(plain)) for regret in by_task]
-        if None not in values:
+        if values and None not in values:
             found[name] = statistics.mean(value for value in values if value is not None)
     return found
 
@@ -67,7 +68,8 @@ def relative_times(task: Runs) -> dict[str, float]:
     """Return the CPU seconds of a step relative to the baseline's: medians over the runs of each method."""
     seconds: dict[str, list[float]] = {}
     for key, run in task.items():
-        seconds.setdefault(key.split("; ")[0], []).append(run["seconds_per_step"])
+        if "seconds_per_step" in run:  # runs that were restored from a log have losses alone
+            seconds.setdefault(key.split("; ")[0], []).append(run["seconds_per_step"])
     medians = {method: statistics.median(values) for method, values in seconds.items()}
     return {method: value / medians[BASELINE] for method, value in medians.items()} if BASELINE in medians else {}
 
@@ -132,7 +134,8 @@ def measure(tasks: dict[str, Runs], compared_with: str) -> dict[str, Any]:
             "mechanisms": mechanisms(Parts.parse(name)),
             "tasks": outcomes,
         }
-    return {"compared_with": compared_with, "methods": methods, "default": decide(methods)}
+    scored_on = [task for task, runs in tasks.items() if regrets(runs)]
+    return {"compared_with": compared_with, "scored_on": scored_on, "methods": methods, "default": decide(methods)}
 
 
 def main() -> None:
@@ -152,7 +155,7 @@ def main() -> None:
         score, seconds = numbers
         rows.append([name, score, f"{one['peak'] / 2**30:.2f}", seconds, *cells])
     print_table(*rows)
-    print(f"default: {figures['default']}")
+    print(f"scored on {', '.join(figures['scored_on']) or 'no task yet'}; default: {figures['default']}")
 
 
 if __name__ == "__main__":

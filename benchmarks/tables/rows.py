@@ -149,19 +149,42 @@ def peers(of: None, figures: dict) -> Iterator[Row]:
         yield name, *cells, ", ".join(batch), ", ".join(shown)
 
 
+# decide.py
+
+
+def of_the_grid(of: dict, figures: dict) -> Iterator[Row]:
+    """Yield the methods of the grid, the best score first: name, score, GiB at 8B, and the test loss of each task.
+
+    `of` has the tasks, and the methods by the names that a page gives them, or none for all methods. A test loss is a
+    mean with its standard error, and the paired difference to the baseline with its own.
+    """
+    methods = figures["methods"]
+    shown = of.get("methods") or {name: name for name in methods}
+    by_score = sorted(shown, key=lambda name: (methods[name]["score"] is None, methods[name]["score"] or 0, name))
+    for name in by_score if "methods" not in of else shown:
+        one = methods[name]
+        score = "-" if one["score"] is None else f"{one['score']:.3f}"
+        losses = (one["tasks"].get(task) for task in of["tasks"])
+        cells = ["-" if found is None else _test_loss(found) for found in losses]
+        yield shown[name], score, f"{one['peak'] / 2**30:.1f}", *cells
+
+
+def _test_loss(one: dict) -> str:
+    losses, difference = one["losses"], one["difference"]
+    text = f"{statistics.mean(losses):.3f}"
+    if len(losses) > 1:
+        text += f" ± {statistics.stdev(losses) / len(losses) ** 0.5:.3f}"
+    if difference is None or difference[0] == 0:
+        return text
+    error = "" if difference[1] is None else f" ± {difference[1]:.3f}"
+    return f"{text} ({difference[0]:+.3f}{error})"
+
+
 # quality.py, pareto.py
 
 
 def best_first(of: list, figures: dict) -> Iterable[Row]:
     return sorted(((outcome(name, figures),) for name in of), key=lambda row: row[0]["loss"])
-
-
-def outcomes(of: dict, *tasks: dict) -> Iterator[Row]:
-    """By a method, or one for stories260K and one for SmolLM2, apart by a bar."""
-    for names, shown in of.items():
-        first, *second = names.split(" | ")
-        methods = [first] * (2 if second else len(tasks)) + 2 * second
-        yield shown, *(outcome(name, figures) for name, figures in zip(methods, tasks, strict=True))
 
 
 def where_run(of: list, *tasks: dict) -> Iterator[Row]:
