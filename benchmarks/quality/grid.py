@@ -2,7 +2,7 @@
 
 python -m benchmarks.quality.grid --task stories_gsm8k --jobs 2
 python -m benchmarks.quality.grid --task smollm2_gsm8k --methods "lora 16" "lora 16, ends" "sampled 1/6, ends"
-python -m benchmarks.quality.grid --task stories_gsm8k --steps 1600 --seeds 1
+python -m benchmarks.quality.grid --task stories_gsm8k --steps 1600 --seeds 1 --rungs -1 0
 
 RULE.md has the protocol. A method is a list of parts, separated by commas:
 
@@ -336,15 +336,25 @@ def read_runs(results: Path) -> dict[str, Any]:
     return json.loads(results.read_text(encoding="utf-8"))["figures"]["runs"] if results.is_file() else {}
 
 
+def lengths(task: str) -> list[int]:
+    """Return the numbers of steps, other than the task's own, for which there are results."""
+    files = RESULTS.glob(f"grid_{task}_*.json")
+    return [int(steps) for file in files if (steps := file.stem.removeprefix(f"grid_{task}_")).isdigit()]
+
+
 class Grid:
     """The runs of one task with one number of steps, and their results file."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.task, self.arguments = TASKS[arguments.task], arguments
-        usual, name = RESULTS / f"grid_{arguments.task}.json", f"grid_{arguments.task}"
-        self.known = read_runs(usual)  # the best rate of another length is where a ladder begins
-        if arguments.steps not in (None, self.task.steps):
-            self.task, name = replace(self.task, steps=arguments.steps), f"{name}_{arguments.steps}"
+        name, own_steps = f"grid_{arguments.task}", self.task.steps
+        self.known: list[dict[str, Any]] = []  # runs of shorter lengths, whose best rates are where ladders begin
+        if arguments.steps not in (None, own_steps):
+            self.task = replace(self.task, steps=arguments.steps)
+            self.known = [read_runs(RESULTS / f"{name}.json")]
+            shorter = sorted(steps for steps in lengths(arguments.task) if own_steps < steps < arguments.steps)
+            self.known += [read_runs(RESULTS / f"{name}_{steps}.json") for steps in shorter]
+            name = f"{name}_{arguments.steps}"
         is_own = self.task.model == SMOLLM2
         self.model_path = self.task.model if is_own else os.path.join(arguments.data, self.task.model)
         self.results: Path = arguments.results or RESULTS / f"{name}.json"
@@ -353,12 +363,15 @@ class Grid:
 
     def tune(self, method: str) -> None:
         """Run a method at one rate after another until the best one is inside, then with the other seeds."""
-        first = best_rung(method, self.known)
-        if first is None:
-            first = first_rung(self.task, method, self.runs)
-        while rungs := next_rungs(method, self.runs, first):
-            for rung in rungs:
-                self._run(method, rung, 0)
+        known = [best for runs in self.known if (best := best_rung(method, runs)) is not None]
+        first = known[-1] if known else first_rung(self.task, method, self.runs)
+        if self.arguments.rungs is not None:
+            for offset in self.arguments.rungs:
+                self._run(method, first + offset, 0)
+        else:
+            while rungs := next_rungs(method, self.runs, first):
+                for rung in rungs:
+                    self._run(method, rung, 0)
         best = best_rung(method, self.runs)
         assert best is not None
         for seed in range(1, self.arguments.seeds):
@@ -401,6 +414,8 @@ def main() -> None:
     add("--baseline", default="lora 16, ends", help="method that the others are compared with")
     add("--data", default=os.environ.get("LISA_DIST_DATA", "../shared/data"), help="folder with models and datasets")
     add("--steps", type=positive, help="optimizer steps instead of the task's own; writes results/grid_TASK_STEPS.json")
+    rungs_help = "try only these rungs, counted from the best rate of the next shorter length, instead of tuning"
+    add("--rungs", type=int, nargs="+", metavar="OFFSET", help=rungs_help)
     add("--seeds", type=positive, default=3, help="seeds at the best rate")
     add("--jobs", type=positive, default=1, help="methods that run at the same time")
     add("--results", type=Path, help="results file; by default results/grid_TASK.json")
