@@ -77,10 +77,20 @@ def test_rows_of_a_task_are_in_one_of_three_sets(data, data_dir):
     assert len(training) > 1000
 
 
-def test_a_longer_run_begins_at_the_rate_that_was_best_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("steps", "rungs", "expected"),
+    [
+        (1600, None, [(1600, 4, 0), (1600, 3, 0), (1600, 5, 0), (1600, 4, 1)]),
+        (1600, [0, -1], [(1600, 4, 0), (1600, 3, 0), (1600, 4, 1)]),
+        (6400, [0], [(6400, 2, 0), (6400, 2, 1)]),
+    ],
+)
+def test_a_longer_run_begins_at_the_rate_that_was_best_before(steps, rungs, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "RESULTS", tmp_path)
-    runs = runs_of("all, ends", {3: 1.2, 4: 1.0, 5: 1.1})
-    (tmp_path / "grid_stories_gsm8k.json").write_text(json.dumps({"figures": {"runs": runs}}), encoding="utf-8")
+    for file, best in {"grid_stories_gsm8k": 4, "grid_stories_gsm8k_1200": 3, "grid_stories_gsm8k_2400": 2}.items():
+        runs = runs_of("all, ends", {best - 1: 1.2, best: 1.0, best + 1: 1.1})
+        if steps > 1600 or file == "grid_stories_gsm8k":
+            (tmp_path / f"{file}.json").write_text(json.dumps({"figures": {"runs": runs}}), encoding="utf-8")
     tried = []
 
     def run(self, method, rung, seed):
@@ -88,9 +98,9 @@ def test_a_longer_run_begins_at_the_rate_that_was_best_before(tmp_path, monkeypa
         self.runs[key_of(method, rung, seed)] = {"validation": abs(rung - 4.2), "test": 1.0}
 
     monkeypatch.setattr(grid.Grid, "_run", run)
-    arguments = argparse.Namespace(task="stories_gsm8k", steps=1600, data="", seeds=2, results=None)
+    arguments = argparse.Namespace(task="stories_gsm8k", steps=steps, data="", seeds=2, results=None, rungs=rungs)
     grid.Grid(arguments).tune("all, ends")
-    assert tried == [(1600, 4, 0), (1600, 3, 0), (1600, 5, 0), (1600, 4, 1)]
+    assert tried == expected
 
 
 @pytest.mark.parametrize(
