@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.common.results import RESULTS, parser_of, write_results
-from benchmarks.quality.grid import Parts, best_rung, losses_on_test_rows, paired_difference, read_runs
+from benchmarks.quality.grid import Parts
+from benchmarks.tables.outcomes import best_rung, losses_on_test_rows, paired_difference, read_runs
 from benchmarks.tables.render import print_table
 from lisa_dist import LisaConfig
 from lisa_dist.memory.plan import PlanArguments, load_model_config

@@ -24,7 +24,6 @@ Rates are chosen by the validation loss of the first seed. Runs that the results
 import argparse
 import gc
 import itertools
-import json
 import os
 import random
 import statistics
@@ -46,9 +45,17 @@ from benchmarks.common.ranks import Caller, RankGroup, run_on_cpu
 from benchmarks.common.results import RESULTS, positive, write_results
 from benchmarks.common.runs import adapted, plain_engine
 from benchmarks.quality.training import LENGTH, Data, evaluate, train
+from benchmarks.tables.outcomes import (
+    FIRST_RATE,
+    best_rung,
+    key_of,
+    losses_by_rung,
+    losses_on_test_rows,
+    paired_difference,
+    read_runs,
+)
 
 WARMUP_STEPS = 10  # steps over which the learning rate rises
-FIRST_RATE = 1e-3  # every ladder consists of this rate times powers of two
 
 
 @dataclass(frozen=True)
@@ -267,27 +274,6 @@ def run(task: Task, data_folder: str, model_path: str, method: str, lr: float, s
     return found | ({} if untrained is None else {"untrained": untrained})
 
 
-def key_of(method: str, rung: int, seed: int) -> str:
-    """Return the key of a run in a results file."""
-    return f"{method}; rung {rung}; seed {seed}"
-
-
-def losses_by_rung(method: str, runs: dict[str, Any]) -> dict[int, float]:
-    """Return the validation losses of a method's first seed by rung, in ascending order."""
-    found = {}
-    for key, one in runs.items():
-        name, rung, seed = key.split("; ")
-        if name == method and seed == "seed 0":
-            found[int(rung.removeprefix("rung "))] = one["validation"]
-    return dict(sorted(found.items()))
-
-
-def best_rung(method: str, runs: dict[str, Any]) -> int | None:
-    """Return the rung with the lowest validation loss on the first seed, or None if there is no run."""
-    losses = losses_by_rung(method, runs)
-    return min(losses, key=lambda rung: losses[rung]) if losses else None
-
-
 def next_rungs(method: str, runs: dict[str, Any], first: int) -> list[int]:
     """Return the rungs to try next: none once the best rung has a worse neighbor on each side."""
     losses, best = losses_by_rung(method, runs), best_rung(method, runs)
@@ -306,34 +292,6 @@ def first_rung(task: Task, method: str, runs: dict[str, Any]) -> int:
     parts = Parts.parse(method)
     kind = "adapters" if parts.rank is not None and parts.layers != "lora" else parts.layers
     return FIRST_RUNG[task.model][kind]
-
-
-def losses_on_test_rows(method: str, runs: dict[str, Any]) -> dict[int, float]:
-    """Return the test losses of a method at its best rung, by seed."""
-    best, found = best_rung(method, runs), {}
-    for key, one in runs.items():
-        name, rung, seed = key.split("; ")
-        if best is not None and (name, rung) == (method, f"rung {best}"):
-            found[int(seed.removeprefix("seed "))] = one["test"]
-    return found
-
-
-def paired_difference(method: str, other: str, runs: dict[str, Any]) -> tuple[float, float | None]:
-    """Return the mean difference in test loss by seed, and its standard error, or None for a single seed.
-
-    Raises ValueError if the two methods have no seed in common.
-    """
-    ours, theirs = losses_on_test_rows(method, runs), losses_on_test_rows(other, runs)
-    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    if not differences:
-        raise ValueError(f"{method} and {other} have no seed in common")
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
-    return statistics.mean(differences), error
-
-
-def read_runs(results: Path) -> dict[str, Any]:
-    """Return the runs of a results file, or none if there is no such file."""
-    return json.loads(results.read_text(encoding="utf-8"))["figures"]["runs"] if results.is_file() else {}
 
 
 def lengths(task: str) -> list[int]:

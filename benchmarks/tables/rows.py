@@ -1,18 +1,17 @@
 """What the tables of tables.yaml have as rows: functions of what stands behind `of` there, and of figures of results.
 
-A row is a sequence of values, which the columns take by their numbers. Rows of methods that the registry has no more,
-and results of scripts that are gone, stay as they were measured.
+A row is a sequence of values, which the columns take by their numbers. Results of scripts that no longer exist stay as
+they were measured.
 """
 
-import csv
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
 
-from benchmarks.tables.outcomes import layers_that_train, method_name, outcome, spread_of_seeds
-from benchmarks.tables.render import Table, TableError, print_table
+from benchmarks.tables.outcomes import FIRST_RATE, best_rung, losses_on_test_rows, paired_difference
+from benchmarks.tables.render import Table, print_table
 
 Row = Iterable
 
@@ -180,44 +179,33 @@ def _test_loss(one: dict) -> str:
     return f"{text} ({difference[0]:+.3f}{error})"
 
 
-# quality.py, pareto.py
+# grid.py
 
 
-def best_first(of: list, figures: dict) -> Iterable[Row]:
-    return sorted(((outcome(name, figures),) for name in of), key=lambda row: row[0]["loss"])
+def test_losses(of: dict, *tasks: dict) -> Iterator[Row]:
+    """Yield the test losses of methods on several tasks, or after several numbers of steps.
+
+    `of` has the baseline, and the methods by the names that a page gives them.
+    """
+    for method, shown in of["methods"].items():
+        found = [_outcome(method, of["baseline"], task["runs"]) for task in tasks]
+        yield shown, *("-" if one is None else _test_loss(one) for one in found)
 
 
-def where_run(of: list, *tasks: dict) -> Iterator[Row]:
-    for name in of:
-        cells = [outcome(name, figures, may_lack=True) for figures in tasks]
-        if any(cell["steps"] for cell in cells):
-            yield method_name(name), *cells
+def _outcome(method: str, baseline: str, runs: dict) -> dict | None:
+    """Return the test losses of a method and its paired difference to a baseline, or None if it has no runs."""
+    losses, of_baseline = (losses_on_test_rows(name, runs) for name in (method, baseline))
+    if not losses:
+        return None
+    difference = paired_difference(method, baseline, runs) if losses.keys() & of_baseline.keys() else None
+    return {"losses": list(losses.values()), "difference": difference}
 
 
-def by_share(of: list, shares: dict, *tasks: dict) -> Iterator[Row]:
-    """Of a method with a share of the layers: its peaks at 8B and 70B, and the outcomes on stories260K and SmolLM2."""
-    for name, planned, of_stories, of_smollm2 in of:
-        peaks = (of_model.get(planned) for of_model in shares.values())
-        methods = (of_stories, of_stories, of_smollm2, of_smollm2)
-        cells = [outcome(one, task, may_lack=True) for one, task in zip(methods, tasks, strict=True)]
-        if any(cell["seeds"] for cell in cells):  # else nobody has run it yet
-            yield name, *peaks, *cells
-
-
-def ideas(of: str, *tasks: dict) -> Iterator[Row]:
-    """Each idea of a file, by its method, with the outcome on every task that it was tried on."""
-    _, *lines = csv.reader(Path(__file__).with_name(of).read_text(encoding="utf-8").splitlines())
-    for idea, name in lines:
-        cells = [outcome(name, figures, may_lack=True)["long"] for figures in tasks]
-        if set(cells) == {"-"}:
-            raise TableError(f"no results have a run of {name}")
-        yield idea, *cells
-
-
-def pareto(of: str, figures: dict, quality: dict) -> Iterator[Row]:
-    """The methods of a task, the best first."""
-    for name, one in sorted(figures["tasks"][of]["arms"].items(), key=lambda method: method[1]["loss"]):
-        yield method_name(name), layers_that_train(name, quality), one, spread_of_seeds(one["losses"])
+def best_rates(of: dict, *tasks: dict) -> Iterator[Row]:
+    """Yield the learning rate with the lowest validation loss on each task; `of` has methods and their names."""
+    for method, shown in of.items():
+        rungs = [best_rung(method, task["runs"]) for task in tasks]
+        yield shown, *(None if rung is None else FIRST_RATE * 2.0**rung for rung in rungs)
 
 
 TABLES = {

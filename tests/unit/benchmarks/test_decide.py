@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks.quality.decide import CARD, Memory, decide, mechanisms, regrets, relative_times, scores
-from benchmarks.quality.grid import Parts, key_of
+from benchmarks.quality.grid import Parts
+from benchmarks.tables.outcomes import key_of
 
 
 def task(losses: dict[str, list[float]], untrained: float | None = 5.0, seconds: float = 1.0) -> dict:

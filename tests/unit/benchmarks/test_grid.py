@@ -14,14 +14,11 @@ from benchmarks.quality.grid import (
     TEST_ROWS,
     VALIDATION_ROWS,
     Parts,
-    best_rung,
     first_rung,
-    key_of,
-    losses_on_test_rows,
     next_rungs,
-    paired_difference,
     read_data,
 )
+from benchmarks.tables.outcomes import best_rung, key_of, losses_on_test_rows, paired_difference
 from lisa_dist import LisaConfig
 
 

@@ -4,16 +4,14 @@ import json
 import random
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
 from benchmarks.cost import policies
-from benchmarks.quality.quality import BASELINES
-from benchmarks.tables import pictures, write
-from benchmarks.tables.outcomes import layers_that_train, runs_at_best
+from benchmarks.tables import pictures, rows, write
+from benchmarks.tables.outcomes import key_of
 from benchmarks.tables.render import Benchmarks, TableError
 from benchmarks.tables.rows import TABLES
 
@@ -94,31 +92,12 @@ def test_a_digit_on_a_page(at_once, copy, capsys):
     assert before == {page: (copy / page).read_bytes() for page in PAGES}
 
 
-@pytest.mark.parametrize(
-    ("method", "results", "said"),
-    [
-        ("full", "quality", "5 of 5"),
-        ("lora r16", "quality_smollm2", "adapters"),
-        ("lisa 2 as published", "quality_smollm2", "2 of 30"),
-        ("lisa in lora's memory", "quality_smollm2", "14 of 30"),
-        ("lisa in lora's memory", "quality", "5 of 5: full training with small states"),
-        ("lisa in lora's, embed frozen", "quality", "5 of 5"),
-        ("lisa modules 14 fixed, embed frozen", "quality_smollm2", "modules of 14 of 30"),
-        ("embed and head", "quality", "0 of 5"),
-        ("fixed 2", "quality", "2 of 5"),
-    ],
-)
-def test_what_compares_methods_names_the_layers_that_train(method, results, said):
-    assert layers_that_train(method, Benchmarks(ROOT / "benchmarks").results(results)["figures"]) == said
-
-
 def test_a_figure_in_the_results(copy, capsys):
-    path = copy / "benchmarks" / "results" / "quality.json"
+    path = copy / "benchmarks" / "results" / "decision.json"
     results = json.loads(path.read_text(encoding="utf-8"))
-    runs = results["figures"]["runs"]
-    runs_at_best("full", runs)[0]["held_out"] -= 0.001
+    results["figures"]["methods"]["full"]["tasks"]["stories_gsm8k"]["losses"][0] -= 0.01
     path.write_text(json.dumps(results), encoding="utf-8")
-    assert "quality_by_share" in names_in(check(copy, capsys))
+    assert names_in(check(copy, capsys)) == {"grid", "headline_quality"}
 
 
 def test_no_table_stays_when_all_figures_change(copy, capsys):
@@ -156,16 +135,10 @@ def test_what_a_page_may_not_have(added, said, copy):
     assert said in error_of(copy)
 
 
-def test_runs_that_are_not_there(copy):
-    path = copy / "benchmarks" / "results" / "quality_long.json"
-    results = json.loads(path.read_text(encoding="utf-8"))
-    runs = results["figures"]["runs"]
-    for key in [key for key in runs if "fixed 2" in key]:
-        del runs[key]
-    path.write_text(json.dumps(results), encoding="utf-8")
-    said = "table long: the results of quality.py have no run of fixed 2"
-    with pytest.raises(TableError, match=re.escape(said)):
-        write.make("long", Benchmarks(copy / "benchmarks"))
+def test_results_that_are_not_there(copy):
+    (copy / "benchmarks" / "results" / "decision.json").unlink()
+    with pytest.raises(TableError, match="table grid: its results are missing"):
+        write.make("grid", Benchmarks(copy / "benchmarks"))
 
 
 def test_every_picture_of_the_pages_is_drawn_from_results(tmp_path):
@@ -173,7 +146,8 @@ def test_every_picture_of_the_pages_is_drawn_from_results(tmp_path):
     shown = {name for page in PAGES for name in re.findall(r"!\[.*\]\((?:.*/)?(.*\.png)\)", (ROOT / page).read_text())}
     assert shown == set(pictures.PICTURES) == {path.name for path in (ROOT / "docs").glob("*.png")}
     for name, (results, draw) in pictures.PICTURES.items():
-        draw(Benchmarks(ROOT / "benchmarks").results(results)["figures"], tmp_path / name)
+        benchmarks = Benchmarks(ROOT / "benchmarks")
+        draw(*(benchmarks.results(one)["figures"] for one in results), path=tmp_path / name)
         assert (imread(tmp_path / name)[..., :3].min(axis=2) < 0.9).mean() > 0.01, name
 
 
@@ -224,23 +198,26 @@ def test_a_table_on_another_page(copy, capsys):
     assert other.read_text() == marked[0] + "\n"
 
 
-def test_tables_of_quality():
-    """The best rate is that of the first seed."""
-    run = {"token_accuracy": 0.5, "steps": 431}
-    losses = {"full, 0.004, seed 0": 1.2, "full, 0.004, seed 1": 1.4, "full, 0.002, seed 0": 1.3}
-    losses |= {"full, 0.002, seed 1": 1.0, "lisa 2 K 5, 0.032, seed 0": 1.1}
-    figures = {"settings": {}, "runs": {key: run | {"held_out": loss} for key, loss in losses.items()}}
-    figures["runs"]["full, 0.004, seed 1"] |= {"steps": 433, "peak_bytes": 2**31, "seconds_per_step": 0.1}
-    table = replace(BASELINES, of=["full", "lisa 2 K 5"])
-    assert table.make(figures)[1:] == [
-        ["LISA, gamma 2, K 5", "2 of all", "3.2e-2", "1.1000", "one seed", "50.0%"],
-        ["full", "all", "4e-3", "1.3000", "0.1414", "50.0%"],
+def test_front_has_the_points_that_no_other_is_below_and_left_of():
+    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.0), (4.0, 1.0)]
+    assert pictures.front_of(points) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
+
+
+def test_tables_of_test_losses_and_of_rates():
+    """The rate is chosen by the validation loss of the first seed; differences are paired by seed."""
+
+    def runs(method: str, losses: dict[tuple[int, int], tuple[float, float]]) -> dict:
+        return {
+            key_of(method, rung, seed): {"validation": validation, "test": test}
+            for (rung, seed), (validation, test) in losses.items()
+        }
+
+    lora = runs("lora 16", {(2, 0): (1.0, 1.5), (2, 1): (1.1, 1.7), (3, 0): (1.3, 1.2)})
+    sampled = runs("sampled 1/3, ends", {(1, 0): (0.9, 1.3), (1, 1): (0.8, 1.4)})
+    tasks = {"runs": lora | sampled}, {"runs": runs("lora 16", {(0, 0): (1.0, 2.0)})}
+    names = {"lora 16": "LoRA", "sampled 1/3, ends": "LISA"}
+    assert list(rows.test_losses({"baseline": "lora 16", "methods": names}, *tasks)) == [
+        ("LoRA", "1.600 ± 0.100", "2.000"),
+        ("LISA", "1.350 ± 0.050 (-0.250 ± 0.050)", "-"),
     ]
-    with_costs = replace(table, header="steps | s | GiB", cells="{0[steps]:.0f} | {0[seconds]:.3f} | {0[peak]:gib}")
-    assert with_costs.make(figures)[1:] == [["431", "-", "-"], ["432", "0.100", "2.00"]]
-
-
-def test_seeds_that_a_cut_sweep_has_left_out_are_no_error():
-    """Two processes may have ended seeds 0 and 2, and not 1."""
-    figures = {f"full, 0.004, seed {seed}": {"held_out": float(seed)} for seed in (0, 2)}
-    assert [run["held_out"] for run in runs_at_best("full", figures)] == [0.0, 2.0]
+    assert list(rows.best_rates(names, *tasks)) == [("LoRA", 4e-3, 1e-3), ("LISA", 2e-3, None)]
